@@ -1,0 +1,1 @@
+"""The experiment around the models: data, training, sweeps, tracking and the report."""

@@ -1,0 +1,220 @@
+"""The typed model of params.yaml: what an experiment is, checked before anything long starts."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ConfigError(ValueError):
+    """A mistake in params.yaml; the message says where it is and what to write instead."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Data(_Section):
+    name: str
+    """Name of the data set; its shards lie in `data/shards/<name>`."""
+    source: Path
+    """Folder tree `{train,val}/<class>/*` to shard, relative to the repository."""
+    image_size: Positive
+    """Side of the square training and test images, in pixels."""
+    interpolation: Literal["bilinear", "bicubic"]
+    """Filter of every resize."""
+    mean: tuple[float, float, float]
+    """Mean of the RGB channels, in [0, 1], subtracted from the images."""
+    std: tuple[float, float, float]
+    """Standard deviation of the RGB channels, in [0, 1], by which the images are divided."""
+    images_per_shard: Positive
+    """Images in one tar."""
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the tars, indices and manifest."""
+        return Path("data/shards") / self.name
+
+
+class Run(_Section):
+    model: str
+    """Any name in timm's registry, flopeq's included."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the model; `num_classes` comes from the data."""
+    recipe: str
+    """A key of `recipes`."""
+    seed: int | None = None
+    """Seed of this run; None: the experiment's."""
+
+
+class Recipe(_Section):
+    epochs: Positive
+    """Passes over the training images."""
+    global_batch_size: Positive
+    """Images per optimizer step, over all workers."""
+    optimizer: Literal["adamw", "lamb"]
+    """An optimizer of timm's."""
+    lr: Annotated[float, Field(gt=0)]
+    """Peak learning rate, used as written whatever the batch."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    """Decoupled weight decay; biases, norms and what the model lists in `no_weight_decay` have none."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None
+    """Bound on the global norm of the gradient; None: off."""
+    schedule: Literal["cosine"]
+    """Decay of the learning rate from `lr` to `min_lr`."""
+    schedule_step: Literal["step", "epoch"]
+    """Whether the learning rate changes every optimizer step or once an epoch."""
+    warmup_epochs: Annotated[int, Field(ge=0)]
+    """Epochs of linear warm-up, from `warmup_lr` to `lr`."""
+    warmup_lr: Annotated[float, Field(ge=0)]
+    """Learning rate at the first step of the warm-up."""
+    min_lr: Annotated[float, Field(ge=0)]
+    """Learning rate at the end of the decay."""
+    cooldown_epochs: Annotated[int, Field(ge=0)]
+    """Epochs at `min_lr` after the decay, inside `epochs`."""
+    loss: Literal["ce", "bce"]
+    """Cross-entropy, or binary cross-entropy in which every mixed class counts as 1 (DeiT III)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    """Weight of the uniform distribution in the targets."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+    """Stochastic depth rate."""
+    random_crop_scale: tuple[Fraction, Fraction]
+    """Range of the random crop's area, as a fraction of the image's."""
+    random_crop_ratio: tuple[float, float]
+    """Range of the random crop's aspect ratio."""
+    flop_prob: Fraction
+    """Probability of mirroring a training image."""
+    auto_augment: str | None
+    """timm's name of an augmentation policy: `3a` (ThreeAugment), `rand-m9-mstd0.5-inc1`, ...; None: off."""
+    color_jitter: Annotated[float, Field(ge=0)]
+    """Strength of the colour jitter; 0: off."""
+    random_erasing: Fraction
+    """Probability of erasing a rectangle of a training image."""
+    mixup_alpha: Annotated[float, Field(ge=0)]
+    """Parameter of mixup's beta distribution; 0: off."""
+    cutmix_alpha: Annotated[float, Field(ge=0)]
+    """Parameter of cutmix's beta distribution; 0: off."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
+    """Decay of the moving average of the weights, evaluated beside the plain ones; None: off."""
+    test_crop_ratio: Annotated[float, Field(gt=0, le=1)]
+    """Side of the test crop over the side of the resized image."""
+
+
+class Train(_Section):
+    workers: Positive
+    """Ray Train workers, one process each."""
+    cpus_per_worker: Positive
+    """CPU cores (and torch threads) of each worker."""
+    gpu: Literal["auto"] | bool
+    """One GPU per worker: `auto` where the cluster has one."""
+    loader_workers: Annotated[int, Field(ge=0)]
+    """Processes that decode images, per worker; 0: the worker itself."""
+    amp: Literal["off", "bf16", "fp16"]
+    """Autocast dtype of the forward pass; fp16 scales the loss and needs a GPU."""
+    compile: bool
+    """Train through torch.compile (falls back to eager, and says so, without a C++ compiler)."""
+    keep_checkpoints: Positive
+    """Newest checkpoints kept, besides the best."""
+
+
+class Throughput(_Section):
+    batch_size: Positive
+    """Images per forward pass."""
+    warmup: Annotated[int, Field(ge=0)]
+    """Untimed passes before the timed ones."""
+    runs: Positive
+    """Timed passes per model, alternating over the models."""
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Autocast dtype; float32: no autocast."""
+    compile: bool
+    """Measure through torch.compile."""
+
+
+class Tracking(_Section):
+    experiment: str
+    """MLflow experiment that holds the runs of this study."""
+
+
+class Experiment(_Section):
+    seed: int
+    """Seed of the data's order and of every run that names none."""
+    data: Data
+    models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Run]
+    """Run name -> what is trained under it."""
+    recipes: dict[str, Recipe]
+    train: Train
+    throughput: Throughput
+    tracking: Tracking
+    storage: str
+    """Folder or pyarrow URL under which checkpoints go, as `<storage>/<run>/checkpoints`."""
+
+    def run(self, name: str) -> Run:
+        """The run of that name. Raises ConfigError, naming the nearest, when there is none."""
+        if name not in self.models:
+            raise ConfigError(f"no run named {name!r} in params.yaml{nearest(name, self.models)}")
+        return self.models[name]
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe of the run of that name."""
+        return self.recipes[self.run(name).recipe]
+
+    def seed_of(self, name: str) -> int:
+        """The seed of the run of that name."""
+        seed = self.run(name).seed
+        return self.seed if seed is None else seed
+
+
+def load(path: Path | str = "params.yaml") -> Experiment:
+    """Reads and checks an experiment. Raises ConfigError with one line per mistake."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} not found: run from the repository's root")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    for name, run in experiment.models.items():
+        if run.recipe not in experiment.recipes:
+            raise ConfigError(
+                f"{path}: models.{name}.recipe: no recipe named {run.recipe!r}"
+                f"{nearest(run.recipe, experiment.recipes)}"
+            )
+    return experiment
+
+
+def nearest(name: str, known: Any) -> str:
+    """'; did you mean ...?' for the nearest known name, or a list of what is known when there are few."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
+
+
+_SECTIONS = {"data": Data, "models": Run, "recipes": Recipe, "train": Train,
+             "throughput": Throughput, "tracking": Tracking}
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"] if part != "[key]"]
+        if problem["type"] == "extra_forbidden":
+            section = Experiment if len(where) == 1 else _SECTIONS[where[0]]
+            lines.append(f"{'.'.join(where)}: unknown parameter{nearest(where[-1], section.model_fields)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{'.'.join(where)}: missing")
+        else:
+            lines.append(f"{'.'.join(where)}: {problem['msg']}, got {problem['input']!r}")
+    return lines
