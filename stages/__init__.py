@@ -1,0 +1,25 @@
+"""What DVC calls: each stage reads the parameters, makes one call into pipeline or flopeq, writes its outs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+
+
+def main(stage: Callable[..., object]) -> None:
+    """The edge of a stage: `if __name__ == "__main__": main(run)` calls run with the command line's words.
+
+    An error that pipeline or flopeq defines (ConfigError, ShardError, ClusterError) is a message for people:
+    it goes to stderr without a traceback, and the exit status is 2. Everything else is a bug and shows itself.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        stage(*sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("pipeline", "flopeq"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
