@@ -170,6 +170,19 @@ class Experiment(_Section):
         seed = self.run(name).seed
         return self.seed if seed is None else seed
 
+    def resolved(self, name: str) -> dict[str, Any]:
+        """All that defines the training of the run of that name, as plain JSON values."""
+        run = self.run(name)
+        return {
+            "run": name,
+            "model": run.model,
+            "args": dict(run.args),
+            "seed": self.seed_of(name),
+            "data": self.data.model_dump(mode="json"),
+            "recipe": {"name": run.recipe, **self.recipe(name).model_dump(mode="json")},
+            "train": self.train.model_dump(mode="json"),
+        }
+
 
 def load(path: Path | str = "params.yaml") -> Experiment:
     """Reads and checks an experiment. Raises ConfigError with one line per mistake."""
