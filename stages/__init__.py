@@ -1,4 +1,4 @@
-"""What DVC calls: each stage reads the parameters, makes one call into pipeline or flopeq, writes its outs."""
+"""What DVC calls: a stage reads the parameters, makes one call into pipeline or flopeq, writes its outs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main(stage: Callable[..., object]) -> None:
     """The edge of a stage: `if __name__ == "__main__": main(run)` calls run with the command line's words.
 
     An error that pipeline or flopeq defines (ConfigError, ShardError, ClusterError) is a message for people:
-    it goes to stderr without a traceback, and the exit status is 2. Everything else is a bug and shows itself.
+    it goes to stderr without a traceback, and the exit status is 2. Anything else is a bug and shows itself.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
