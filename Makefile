@@ -1,0 +1,42 @@
+# What people run. Every target first sets up .venv from constraints.txt, when that is missing or stale.
+SHELL := /bin/bash
+PYTHON ?= python3
+# The stamp is named by what it was installed from, so that clocks and checkouts do not matter.
+STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+export DO_NOT_TRACK := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: repro test test-slow ui lint
+
+repro: $(STAMP)  ## train, measure and compare every model of params.yaml
+	@$(IN_VENV) python -m stages.repro
+
+test: $(STAMP)  ## the tests, without the slow ones
+	$(IN_VENV) python -m pytest -m "not slow"
+
+test-slow: $(STAMP)  ## the tests that start clusters and servers, or kill processes
+	$(IN_VENV) python -m pytest -m slow
+
+ui: $(STAMP)  ## the MLflow UI over the runs, on 127.0.0.1
+	@$(IN_VENV) python -m stages.ui
+
+lint: $(STAMP)  ## style, types, import directions
+	$(IN_VENV) ruff check .
+	$(IN_VENV) pyright
+	$(IN_VENV) lint-imports
+
+# A set-up that was cut off has no stamp: it starts over. One that is only stale is brought up to date in place.
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true);" \
+	       "name another one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@compgen -G '.venv/.installed-*' >/dev/null || $(PYTHON) -m venv --clear .venv
+	@rm -f .venv/.installed-*
+	@echo "installing into .venv (about 4 minutes the first time)"
+	@$(IN_VENV) python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	@$(IN_VENV) python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --no-build-isolation --editable '.[pipeline,dev]'
+	@touch $@
