@@ -1,0 +1,195 @@
+"""Tracking: one MLflow experiment per study, one MLflow run per trained model.
+
+The only file that imports mlflow. A run is `start_run`, `log_epoch` per epoch, `log_final`, `finish`; stages
+that come later write into it by the id that `outputs/<run>/run.json` keeps. Numbers that cannot be written
+because the database was deleted meanwhile are worth a warning, never the training.
+
+Without MLFLOW_TRACKING_URI everything lies in the working directory, the repository's root: `mlflow.db`
+(sqlite) and `mlartifacts/`. A process that works elsewhere, such as a Ray worker, sets MLFLOW_TRACKING_URI to
+the driver's `uri()`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from flopeq.registry import describe
+from pipeline.config import Experiment
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import: they keep mlflow off the network
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+logger = logging.getLogger(__name__)
+
+EPOCH_METRICS = ("train/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s", "lr")
+_STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
+_BATCH = 100  # parameters or tags that MLflow takes in one call
+
+
+def uri() -> str:
+    """Where runs are tracked: MLFLOW_TRACKING_URI, or a sqlite file in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def run_id(run_name: str, outputs: Path = Path("outputs")) -> str | None:
+    """The MLflow run that `train@<run_name>` made, from its run.json; None where it made none."""
+    path = outputs / run_name / "run.json"
+    return json.loads(path.read_text()).get("mlflow_run_id") if path.is_file() else None
+
+
+def start_run(
+    experiment: Experiment, run_name: str, *, resume: str | None = None, device: str | None = None
+) -> str:
+    """A new MLflow run with the parameters and tags of a run of the experiment, or `resume` reopened.
+
+    Args:
+        resume: id of an interrupted run to go on with; when it is gone, a new one is made, with a warning.
+        device: what it trains on; None: what this process would train on.
+    """
+    client = _client()
+    if resume is not None and _reopen(client, resume):
+        return resume
+    tags = {**_identity(experiment, run_name), **_provenance(), "device": device or _device(experiment)}
+    run = client.create_run(_experiment_id(client, experiment.tracking.experiment), run_name=run_name)
+    params = [Param(key, value) for key, value in _flatten(experiment.resolved(run_name)).items()]
+    for start in range(0, len(params), _BATCH):
+        client.log_batch(run.info.run_id, params=params[start : start + _BATCH])
+    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    return run.info.run_id
+
+
+def log_epoch(run_id: str, metrics: Mapping[str, float], epoch: int) -> None:
+    """One epoch's EPOCH_METRICS at step `epoch`, once: an epoch that the run already has is left as it is."""
+    client = _client()
+    with _unless_gone(run_id):
+        if epoch not in {metric.step for metric in client.get_metric_history(run_id, "train/loss")}:
+            client.log_batch(run_id, metrics=_metrics({key: metrics[key] for key in EPOCH_METRICS}, epoch))
+
+
+def log_final(
+    run_id: str | None, metrics: Mapping[str, float | None], artifacts: Iterable[Path] = ()
+) -> None:
+    """Final metrics (None: not measured, left out) and files of a run; logged again, they replace the old."""
+    if run_id is None:
+        logger.warning("no MLflow run to log %s into: train the run first", ", ".join(metrics))
+        return
+    client = _client()
+    known = {key: float(value) for key, value in metrics.items() if value is not None}
+    with _unless_gone(run_id):
+        client.log_batch(run_id, metrics=_metrics(known, step=0))
+        for path in artifacts:
+            client.log_artifact(run_id, str(path))
+
+
+def finish(run_id: str, status: Literal["finished", "diverged", "interrupted"]) -> None:
+    """Closes a run: FINISHED, FAILED or KILLED in MLflow, with our word for it in the tag `status`."""
+    with _unless_gone(run_id):
+        _client().set_tag(run_id, "status", status)
+        _client().set_terminated(run_id, _STATUS[status])
+
+
+def _client() -> MlflowClient:
+    return MlflowClient(uri())
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    known = client.get_experiment_by_name(name)
+    if known is not None:
+        return known.experiment_id
+    ours = None if os.environ.get("MLFLOW_TRACKING_URI") else (Path.cwd() / "mlartifacts").as_uri()
+    return client.create_experiment(name, artifact_location=ours)
+
+
+def _reopen(client: MlflowClient, run_id: str) -> bool:
+    with _unless_gone(run_id):
+        client.update_run(run_id, status="RUNNING")
+        return True
+    return False
+
+
+@contextmanager
+def _unless_gone(run_id: str) -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST" and "state is deleted" not in str(error):
+            raise
+        logger.warning("MLflow run %s is not in %s (deleted meanwhile?): going on without it", run_id, uri())
+
+
+def _metrics(values: Mapping[str, float], step: int) -> list[Metric]:
+    now = int(time.time() * 1000)
+    return [Metric(key, value, now, step) for key, value in values.items()]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"recipe": {"lr": 0.1}} -> {"recipe.lr": "0.1"}."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = str(value)
+    return flat
+
+
+def _identity(experiment: Experiment, run_name: str) -> dict[str, str]:
+    info = describe(experiment.run(run_name).model)
+    return {
+        "paper_name": info.paper_name or "",
+        "family": info.family or "",
+        "size": info.size or "",
+        "variant": info.variant or "",
+        "seed": str(experiment.seed_of(run_name)),
+    }
+
+
+def _provenance() -> dict[str, str]:
+    """State of code, data and packages; "dirty" leaves out dvc.lock, which `dvc repro` itself rewrites."""
+    lock = Path("dvc.lock")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+    return {
+        "git_commit": _git("rev-parse", "HEAD") or "unknown",
+        "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
+        "dvc_lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "none",
+        "versions.python": platform.python_version(),
+        **{f"versions.{name}": _version(name) for name in ("torch", "timm", "ray", "flopeq")},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git(*command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _device(experiment: Experiment) -> str:
+    if experiment.train.gpu is not False and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
