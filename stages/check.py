@@ -14,22 +14,14 @@ from stages import main
 def run() -> None:
     """Raises ConfigError or ClusterError on the first mistake, and is silent when there is none."""
     from pipeline import cluster
+    from stages import prepare
 
     experiment = load()
-    _check_data(experiment)
+    if experiment.data.name != prepare.DIGITS:  # those, the prepare stage writes
+        prepare.ensure(experiment.data)
     cluster.probe()
     for name in experiment.models:
         _check_model(experiment, name)
-
-
-def _check_data(experiment: Experiment) -> None:
-    """The source has to lie there, but for the digits, which the prepare stage writes itself."""
-    data = experiment.data
-    if data.name != "digits" and not data.source.is_dir():
-        raise ConfigError(
-            f"params.yaml: data.source: no folder {data.source}; "
-            "put the images there as {train,val}/<class>/*, or name the folder that holds them"
-        )
 
 
 def _check_model(experiment: Experiment, name: str) -> None:
