@@ -1,0 +1,44 @@
+"""The models of the study: the paper's names, families, sizes and variants, by the names in timm's registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model name stands for. `variant` is X (baseline), E (equivariant) or H (hybrid)."""
+
+    model: str
+    paper_name: str
+    family: str
+    size: str
+    variant: str
+
+
+BASELINES = (
+    ("deit3_small_patch16_224", "ViT-S", "vit", "S"),
+    ("deit3_base_patch16_224", "ViT-B", "vit", "B"),
+    ("deit3_large_patch16_224", "ViT-L", "vit", "L"),
+    ("deit3_huge_patch14_224", "ViT-H", "vit", "H"),
+    ("resmlp_12_224", "ResMLP-T12", "resmlp", "T"),
+    ("resmlp_24_224", "ResMLP-S24", "resmlp", "S"),
+    ("resmlp_base_24_224", "ResMLP-B24", "resmlp", "B"),
+    ("resmlp_large_24_224", "ResMLP-L24", "resmlp", "L"),
+    ("convnext_iso_small", "ConvNeXt-S (iso.)", "convnext_iso", "S"),
+    ("convnext_iso_base", "ConvNeXt-B (iso.)", "convnext_iso", "B"),
+    ("convnext_iso_large", "ConvNeXt-L (iso.)", "convnext_iso", "L"),
+)
+
+PREFIXES = {"X": "", "E": "flop_", "H": "flophybrid_"}
+
+MODELS: dict[str, ModelInfo] = {
+    prefix + name: ModelInfo(prefix + name, paper if variant == "X" else f"{variant}({paper})", family, size, variant)
+    for name, paper, family, size in BASELINES
+    for variant, prefix in PREFIXES.items()
+}
+
+
+def describe(model: str) -> ModelInfo | None:
+    """What a model name stands for, or None for a model outside the study."""
+    return MODELS.get(model)

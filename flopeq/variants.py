@@ -1,0 +1,119 @@
+"""What E(X) and H(X) of every family share: the split point, the invariant head, and their entry in timm's registry."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from flopeq.irreps import join, split
+from flopeq.registry import PREFIXES
+
+HEADS = ("even", "even+abs_odd")
+
+
+def check_num_flop_blocks(num_flop_blocks: int, depth: int) -> None:
+    """Raises ValueError for a split point outside of the network."""
+    if not 0 <= num_flop_blocks <= depth:
+        raise ValueError(f"num_flop_blocks={num_flop_blocks} is not a number of blocks from 0 (X) to depth={depth} (E)")
+
+
+class FlopHead:
+    """Mixin of timm models: the head of an equivariant network sees invariant features only.
+
+    `head="even"` takes the even half of the channels, as the paper does; `"even+abs_odd"` appends the absolute values
+    of the odd half, which are invariant too (an option of the authors' code).
+    """
+
+    num_classes: int
+    embed_dim: int
+    head: nn.Module
+
+    def init_head(self, head: str, equivariant: bool, **dd: Any) -> None:
+        """Sizes the classifier for what it sees. Raises ValueError for an unknown choice, or one that has no effect."""
+        if head not in HEADS:
+            raise ValueError(f"head={head!r} is unknown: use one of {', '.join(map(repr, HEADS))}")
+        if not equivariant and head != "even":
+            raise ValueError(f"head={head!r} has no effect behind ordinary blocks: leave it out, or use E(X)")
+        self.equivariant = equivariant
+        self.append_abs_odd = head == "even+abs_odd"
+        if equivariant and not self.append_abs_odd:
+            self.head_hidden_size = self.embed_dim // 2
+            if isinstance(self.head, nn.Linear):
+                fresh = nn.Linear(self.head_hidden_size, self.num_classes, **dd)
+                fresh.weight.data.copy_(self.head.weight.data[:, : self.head_hidden_size])
+                fresh.bias.data.copy_(self.head.bias.data)
+                self.head = fresh
+
+    def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
+        """The features that the head may see, of channels that lie along `dim`."""
+        if not self.equivariant:
+            return x
+        even, odd = split(x, dim)
+        return join(even, odd.abs(), dim) if self.append_abs_odd else even
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier for so many classes; 0 leaves the pooled features."""
+        super().reset_classifier(num_classes, global_pool)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(self.head, nn.Linear) and self.head.in_features != self.head_hidden_size:
+            weight = self.head.weight
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+            self.head.train(self.training)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def register(module: str, baseline: str, variants: str, create: Callable[..., nn.Module]) -> None:
+    """Registers entry points for some variants ("EH", or "XEH" where timm has no X) of a baseline in timm.
+
+    `create(name, pretrained, num_flop_blocks, **kwargs)` builds the model; `num_flop_blocks` is None where the caller
+    did not say: depth for E, depth // 2 for H.
+    """
+    for variant in variants:
+        name = PREFIXES[variant] + baseline
+
+        def entry_point(pretrained: bool = False, _name: str = name, **kwargs: Any) -> nn.Module:
+            return create(_name, pretrained=pretrained, **kwargs)
+
+        entry_point.__name__ = entry_point.__qualname__ = name
+        entry_point.__module__ = module
+        entry_point.__doc__ = f"{variant}(X) for X = {baseline}; keyword arguments go to the model."
+        setattr(sys.modules[module], name, register_model(entry_point))
+
+
+def default_split(name: str, depth: int) -> int:
+    """Number of equivariant blocks of a name: none of X's, all of E's, the first half of H's."""
+    if name.startswith(PREFIXES["H"]):
+        return depth // 2
+    return depth if name.startswith(PREFIXES["E"]) else 0
+
+
+def baseline_of(name: str) -> str:
+    """The name of X."""
+    return name.removeprefix(PREFIXES["H"]).removeprefix(PREFIXES["E"])
+
+
+def untrained_cfgs(baselines: Iterable[str], variants: str) -> dict[str, Any]:
+    """timm's `default_cfgs` for models without published weights: the paper's input, ImageNet's statistics."""
+    return generate_default_cfgs(
+        {
+            f"{PREFIXES[variant]}{name}.untrained": {
+                "url": "",
+                "num_classes": 1000,
+                "input_size": (3, 224, 224),
+                "pool_size": None,
+                "crop_pct": 1.0,
+                "interpolation": "bicubic",
+                "fixed_input_size": True,
+                "mean": IMAGENET_DEFAULT_MEAN,
+                "std": IMAGENET_DEFAULT_STD,
+                "first_conv": None,
+                "classifier": "head",
+                "license": "apache-2.0",
+            }
+            for name in baselines
+            for variant in variants
+        }
+    )
