@@ -1,0 +1,141 @@
+"""Wrong input is refused on the command line, with a message for people, before anything long starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+COMMITTED = Path(__file__).parent.parent / "params.yaml"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A working directory with the committed params.yaml and nothing else."""
+    (tmp_path / "params.yaml").write_text(COMMITTED.read_text())
+    return tmp_path
+
+
+def stage(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m stages.<word> ...` in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", f"stages.{words[0]}", *words[1:]],
+        cwd=folder, env=os.environ | {"PYTHONPATH": str(COMMITTED.parent)} | env,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def change(folder: Path, value: object, *keys: str) -> None:
+    """Sets the entry of params.yaml under the keys; None removes it."""
+    path = folder / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    section = params
+    for key in keys[:-1]:
+        section = section[key]
+    if value is None:
+        del section[keys[-1]]
+    else:
+        section[keys[-1]] = value
+    path.write_text(yaml.safe_dump(params))
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *mentioned: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "\nerror: " in "\n" + done.stderr
+    for part in mentioned:
+        assert part in done.stderr
+
+
+def test_committed_experiment_is_accepted(folder):
+    done = stage(folder, "check")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_unknown_model_is_refused_with_the_nearest_name(folder):
+    change(folder, "flop_deit3_smal_patch16_224", "models", "e-vit", "model")
+    done = stage(folder, "check")
+    assert_refused(done, "models.e-vit: unknown model", "did you mean 'flop_deit3_small_patch16_224'?")
+
+
+def test_unknown_model_argument_is_refused_with_the_nearest_name(folder):
+    change(folder, 64, "models", "vit", "args", "embed_dims")
+    assert_refused(stage(folder, "check"), "models.vit", "'embed_dims'", "did you mean 'embed_dim'?")
+
+
+def test_width_that_cannot_be_halved_is_refused(folder):
+    change(folder, 66, "models", "e-convnext", "args", "embed_dim")
+    assert_refused(stage(folder, "check"), "models.e-convnext", "66", "multiple of 4")
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "mentioned"),
+    [
+        (1, ("recipes", "digits", "epoch"), "digits.epoch: unknown parameter; did you mean 'epochs'?"),
+        (1, ("tran",), "tran: unknown parameter; did you mean 'train'?"),
+        ("one", ("train", "workers"), "train.workers"),
+        (-0.1, ("recipes", "digits", "lr"), "recipes.digits.lr"),
+        (None, ("data", "image_size"), "data.image_size: missing"),
+        ("digit", ("models", "vit", "recipe"), "no recipe named 'digit'; did you mean 'digits'?"),
+    ],
+)
+def test_unknown_or_ill_typed_parameter_is_refused(folder, value, keys, mentioned):
+    change(folder, value, *keys)
+    assert_refused(stage(folder, "check"), "params.yaml", mentioned)
+
+
+def test_repro_refuses_what_check_refuses(folder):
+    change(folder, 1, "train", "worker")
+    assert_refused(stage(folder, "repro"), "train.worker: unknown parameter; did you mean 'workers'?")
+
+
+def test_missing_data_folder_is_named(folder):
+    change(folder, "photos", "data", "name")
+    change(folder, "data/source/photos", "data", "source")
+    for command in ("check", "prepare"):
+        assert_refused(stage(folder, command), "data/source/photos", "data.source")
+
+
+@pytest.mark.parametrize("command", ["check", "repro"])
+def test_dead_ray_address_is_refused_within_15_s(folder, command):
+    with socket.socket() as reserved:  # bound and not listening: nobody answers there
+        reserved.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        started = time.monotonic()
+        done = stage(folder, command, RAY_ADDRESS=address)
+        took_s = time.monotonic() - started
+    assert_refused(done, f"RAY_ADDRESS={address} does not answer")
+    assert took_s < 15
+
+
+@pytest.mark.parametrize("harm", ["changed", "cut", "gone"])
+def test_training_refuses_a_shard_that_does_not_match_its_manifest(folder, shards, harm):
+    (folder / "data").symlink_to(shards.parent.parent)
+    shard = shards / "train-000000.tar"
+    intact = shard.read_bytes()
+    try:
+        if harm == "gone":
+            shard.unlink()
+        else:
+            shard.write_bytes(intact[:-1024] if harm == "cut" else intact[:600] + b"\xff" + intact[601:])
+        for command in ("train", "evaluate"):
+            assert_refused(stage(folder, command, "vit"), "train-000000.tar")
+    finally:
+        shard.write_bytes(intact)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits' shards, made by the stages themselves."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "params.yaml").write_text(COMMITTED.read_text())
+    for command in ("prepare", "shard"):
+        done = stage(folder, command)
+        assert done.returncode == 0, done.stderr
+    return folder / "data" / "shards" / "digits"
