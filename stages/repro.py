@@ -5,23 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from pipeline.config import load
-from stages import main
+from pipeline import cluster, config
+from stages import check, main, report
 
 
 def run() -> None:
     """Ends with the status of `dvc repro`. Nothing heavy starts when nothing is to do."""
-    load()
+    config.load()
     if subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"]).returncode:
+        check.run()
         _reproduce()
-    _show()
+    report.show()
 
 
 def _reproduce() -> None:
-    from pipeline import cluster
-    from stages import check
-
-    check.run()
     with cluster.local(), subprocess.Popen([sys.executable, "-m", "dvc", "repro"]) as dvc:
         try:
             status = dvc.wait()
@@ -30,12 +27,6 @@ def _reproduce() -> None:
             raise
     if status:
         sys.exit(status)
-
-
-def _show() -> None:
-    from pipeline import report
-
-    report.show()
 
 
 if __name__ == "__main__":
