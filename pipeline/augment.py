@@ -1,9 +1,10 @@
 """What is done to the pixels, from timm and torchvision, as a pure function of (seed, epoch, place).
 
 Randomness: timm and torchvision draw from the global generators of `random`, `numpy` and `torch`. All three
-are set from a hash of (seed, epoch, place in the epoch's order) before each image, and given back as they were
-after each batch (`borrowed_generators`). So an image's crop depends neither on the process that decodes it, nor
-on the number of workers, nor on what was drawn before, and the model's own draws (drop path) are not touched.
+are set from a hash of (seed, epoch, place in the epoch's order) before each image (`reseed`), and given back
+as they were after each batch (`borrowed_generators`). So an image's crop depends neither on the process that
+decodes it, nor on the number of workers, nor on what was drawn before; and the model's own draws (drop path)
+are not touched.
 
 Legend: B batch, H W pixels. Images are uint8 (3, H, W) until `Normalize` makes a batch of them float32.
 """
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import cast
 
 import numpy as np
 import torch
-from timm.data import Mixup
-from timm.data.mixup import mixup_target
+from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.data.transforms_factory import transforms_imagenet_train
@@ -27,10 +28,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from pipeline.config import Data, Recipe
-
-ImageTransform = Callable[[Tensor], Tensor]
-"""uint8 (3, H, W), any size -> uint8 (3, image_size, image_size)."""
+from pipeline.config import ConfigError, Data, Recipe
 
 
 def fold(*parts: int) -> int:
@@ -69,41 +67,39 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
         )
 
 
-def train_transform(recipe: Recipe, data: Data) -> ImageTransform:
-    """Random resized crop, flop, timm's augmentation policy, colour jitter: as timm orders them.
+def train_transform(recipe: Recipe, data: Data) -> v2.Compose:
+    """Random resized crop, flop, timm's augmentation policy, colour jitter, in timm's order.
 
-    Source: timm's `transforms_imagenet_train`, whose policies work on PIL images; crop and flop on tensors.
-    Draws from the global generators: call it between `reseed` and `borrowed_generators`' end.
+    uint8 (3, H, W) of any size -> uint8 (3, image_size, image_size). timm's policies work on PIL images, the
+    rest on tensors. Draws from the global generators: `reseed` before it, inside `borrowed_generators`.
+    Departs: timm leaves colour jitter out beside RandAugment; here it is done whenever the recipe says so.
+    Raises: ConfigError for a policy that timm does not know.
     """
     steps: list[Callable] = [RandomResizedCrop(
-        data.image_size, recipe.random_crop_scale, recipe.random_crop_ratio, data.interpolation,
+        data.image_size, recipe.random_crop_scale, recipe.random_crop_ratio, data.interpolation
     )]
     if recipe.flop_prob:
         steps.append(v2.RandomHorizontalFlip(recipe.flop_prob))
     if recipe.auto_augment or recipe.color_jitter:
-        _, policy, _ = transforms_imagenet_train(
-            data.image_size, color_jitter=recipe.color_jitter or None, force_color_jitter=True,  # pyright: ignore
-            auto_augment=recipe.auto_augment, interpolation=data.interpolation, mean=data.mean, separate=True,
-        )
-        steps += [F.to_pil_image, policy, F.pil_to_tensor]
-
-    def transform(image: Tensor) -> Tensor:
-        for step in steps:
-            image = step(image)
-        return image
-
-    return transform
+        try:
+            _, policy, _ = cast(tuple, transforms_imagenet_train(
+                data.image_size, auto_augment=recipe.auto_augment, color_jitter=(recipe.color_jitter,) * 3,
+                force_color_jitter=True, interpolation=data.interpolation, mean=data.mean, separate=True,
+            ))
+        except AssertionError as error:
+            raise ConfigError(f"auto_augment: {recipe.auto_augment!r} is none of timm's: {error}") from None
+        steps += [v2.ToPILImage(), policy, v2.PILToTensor()]
+    return v2.Compose(steps)
 
 
-def eval_transform(recipe: Recipe, data: Data) -> ImageTransform:
-    """Resize of the shorter side to image_size / test_crop_ratio, then the central square."""
+def eval_transform(recipe: Recipe, data: Data) -> v2.Compose:
+    """Resize of the shorter side to image_size / test_crop_ratio, then the central square.
+
+    uint8 (3, H, W) of any size -> uint8 (3, image_size, image_size).
+    """
     shorter_side = math.floor(data.image_size / recipe.test_crop_ratio)
-
-    def transform(image: Tensor) -> Tensor:
-        image = F.resize(image, [shorter_side], InterpolationMode(data.interpolation), antialias=True)
-        return F.center_crop(image, [data.image_size, data.image_size])
-
-    return transform
+    resize = v2.Resize([shorter_side], InterpolationMode(data.interpolation), antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(data.image_size)])
 
 
 class Normalize:
@@ -121,10 +117,11 @@ class Normalize:
 class Erase:
     """timm's random erasing, in place, with normal noise on the normalised batch; one seed an image."""
 
-    def __init__(self, recipe: Recipe, device: torch.device | str = "cpu") -> None:
-        self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device=str(device))
+    def __init__(self, recipe: Recipe) -> None:
+        # Noise from the CPU's generator, which `reseed` sets, wherever the images are.
+        self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device="cpu")
 
-    def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
+    def __call__(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
         with borrowed_generators():
             for image, seed in zip(images, seeds, strict=True):
                 reseed(seed)
@@ -132,7 +129,10 @@ class Erase:
         return images
 
 
-def batch_transform(recipe: Recipe, num_classes: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+BatchTransform = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def batch_transform(recipe: Recipe, num_classes: int) -> BatchTransform:
     """(images (B, 3, H, W), labels (B,), seed) -> (mixed images, soft targets (B, num_classes)).
 
     timm's mixup or cutmix, drawn per batch, and label smoothing. With the global batch's seed on every rank,
@@ -149,7 +149,7 @@ def batch_transform(recipe: Recipe, num_classes: int) -> Callable[[Tensor, Tenso
 
     def transform(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         if len(images) % 2:
-            raise ValueError(f"mixup pairs images, but a worker's batch holds {len(images)}: choose an even number")
+            raise ValueError(f"mixup pairs images: a worker's batch must be even, and holds {len(images)}")
         # timm pairs the first with the last: 0 2 4 .. 5 3 1 makes neighbours of them.
         order = torch.cat([torch.arange(0, len(images), 2), torch.arange(len(images) - 1, 0, -2)])
         order = order.to(images.device)

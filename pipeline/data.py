@@ -2,7 +2,7 @@
 
 Order is a pure function of (seed, epoch, rank, world size). Global batch b of an epoch holds the places
 [b G, (b+1) G) of the epoch's order, and rank r takes its contiguous r-th part of each. What is random in an
-image follows its place (pipeline/augment.py), so any world size, and a resumed run, trains on the same pixels.
+image follows its place (pipeline/augment.py), so any world size, and a resumed run, sees the same pixels.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import resource
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 
 from pipeline import augment
 from pipeline.config import Data, Recipe
 
 _FETCHED_AHEAD = 4  # batches that each loader process prepares in advance
-_ERASING = 1  # second draw of an image, after its crop
+_ERASING, _MIXING = 1, 2  # what a seed is for, beside the crop
 
 
 class ShardError(ValueError):
-    """A shard, an index or the manifest is missing or not as written; the message says which, and what to do."""
+    """A shard, an index or the manifest is missing or altered; the message says which, and what to do."""
 
 
 class Batch(NamedTuple):
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
 
 
 class Shards:
-    """Folder of shards that is complete by its manifest: every file is there with its size.
+    """A folder of shards that is complete: every file in its manifest is there, with its size.
 
     Contents are compared with their hashes by `pipeline.shard.verify`, which takes longer.
     Raises: ShardError, naming the file.
@@ -63,14 +64,13 @@ class Shards:
         except ValueError:
             raise ShardError(f"{path} is not valid JSON: {remedy(path)}") from None
         for name, entry in self.files.items():
-            size = file_size(self.folder / name)
-            if size is None:
-                raise ShardError(f"{self.folder / name} is in the manifest but missing: {remedy(path)}")
+            path = self.folder / name
+            if not path.is_file():
+                raise ShardError(f"{path} is in the manifest but missing: run `dvc repro shard` to write it")
+            size = path.stat().st_size
             if size != entry["size"]:
-                raise ShardError(
-                    f"{self.folder / name} does not match its manifest: {size} bytes, {entry['size']} expected: "
-                    f"{remedy(self.folder / name)}"
-                )
+                sizes = f"{size} bytes, not {entry['size']}"
+                raise ShardError(f"{path} does not match its manifest ({sizes}): {remedy(path)}")
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -82,6 +82,11 @@ class Shards:
         """Names of the classes, in the order of the labels."""
         return self.manifest["classes"]
 
+    @property
+    def num_classes(self) -> int:
+        """Classes, and so outputs of a model."""
+        return len(self.classes)
+
     def num_images(self, split: str) -> int:
         """Images of `train` or `val`."""
         return self.manifest["counts"][split]
@@ -90,14 +95,6 @@ class Shards:
 def remedy(path: Path) -> str:
     """What to do about a damaged file of the shards."""
     return f"delete {path} and run `dvc repro shard`"
-
-
-def file_size(path: Path) -> int | None:
-    """Bytes of a file; None if there is none."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
 
 
 class IndexedImages(Dataset):
@@ -126,10 +123,12 @@ class IndexedImages(Dataset):
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         jpeg = torch.frombuffer(bytearray(self.jpeg(row)), dtype=torch.uint8)
         try:
-            return decode_jpeg(jpeg, mode=ImageReadMode.RGB), int(self.labels[row])
+            image = decode_jpeg(jpeg, mode=ImageReadMode.RGB)
         except RuntimeError as error:
             path = self.shards.folder / self._names[self._shard[row]]
-            raise ShardError(f"{self.keys([row])[0]} in {path} does not decode ({error}): {remedy(path)}") from None
+            (key,) = self.keys([row])
+            raise ShardError(f"{key} in {path} does not decode ({error}): {remedy(path)}") from None
+        return cast(Tensor, image), int(self.labels[row])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_descriptors"}
@@ -153,7 +152,7 @@ class IndexedImages(Dataset):
         return [os.open(self.shards.folder / name, os.O_RDONLY) for name in self._names]
 
     def __del__(self) -> None:
-        for descriptor in vars(self).pop("_descriptors", ()):
+        for descriptor in self.__dict__.pop("_descriptors", ()):
             os.close(descriptor)
 
 
@@ -169,7 +168,7 @@ def steps_per_epoch(num: int, global_batch_size: int) -> int:
     Raises: ValueError if not even one is complete.
     """
     if num < global_batch_size:
-        raise ValueError(f"global_batch_size is {global_batch_size}, but there are only {num} training images")
+        raise ValueError(f"a global batch of {global_batch_size} needs more than the {num} training images")
     return num // global_batch_size
 
 
@@ -188,15 +187,15 @@ def train_batches(
     order = epoch_order(len(images), seed=seed, epoch=epoch)
     steps = range(start_step, steps_per_epoch(len(images), size))
     places = [range(step * size + rank * share, step * size + (rank + 1) * share) for step in steps]
-    transform = augment.train_transform(recipe, data)
-    fetch = _Fetch(images, transform, order, seed=augment.fold(seed, epoch))
-    normalize, erase = augment.Normalize(data, device), augment.Erase(recipe, device)
-    for step, part, (pixels, labels) in zip(steps, places, _load(fetch, places, loader_workers, device), strict=True):
+    fetch = _Fetch(images, augment.train_transform(recipe, data), order, seed=augment.fold(seed, epoch))
+    normalize, erase = augment.Normalize(data, device), augment.Erase(recipe)
+    fetched = _load(fetch, places, loader_workers, device)
+    for step, part, (pixels, labels) in zip(steps, places, fetched, strict=True):
         inputs = normalize(pixels)
         if recipe.random_erasing:
-            erase(inputs, [augment.fold(fetch.seed, place, _ERASING) for place in part])
-        yield Batch(inputs, labels.to(device, non_blocking=True), order[part.start : part.stop],
-                    augment.fold(fetch.seed, -1 - step))
+            erase(inputs, (augment.fold(fetch.seed, place, _ERASING) for place in part))
+        labels = labels.to(device, non_blocking=True)
+        yield Batch(inputs, labels, order[part.start : part.stop], augment.fold(fetch.seed, step, _MIXING))
 
 
 def val_batches(
@@ -210,17 +209,17 @@ def val_batches(
     num = len(images)
     first, last = (num * part // world_size for part in (rank, rank + 1))
     places = [range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
-    order = torch.arange(num)
+    fetch = _Fetch(images, augment.eval_transform(recipe, data), torch.arange(num), seed=0)
     normalize = augment.Normalize(data, device)
-    fetch = _Fetch(images, augment.eval_transform(recipe, data), order, seed=0)
     for part, (pixels, labels) in zip(places, _load(fetch, places, loader_workers, device), strict=True):
-        yield Batch(normalize(pixels), labels.to(device, non_blocking=True), order[part.start : part.stop], 0)
+        labels = labels.to(device, non_blocking=True)
+        yield Batch(normalize(pixels), labels, fetch.order[part.start : part.stop], 0)
 
 
 class _Fetch(Dataset):
     """places -> (uint8 (B, 3, H, W), labels (B,)), each image with the generators set for its place."""
 
-    def __init__(self, images: IndexedImages, transform: augment.ImageTransform, order: Tensor, *, seed: int):
+    def __init__(self, images: IndexedImages, transform: v2.Compose, order: Tensor, *, seed: int) -> None:
         self.images, self.transform, self.order, self.seed = images, transform, order, seed
 
     def __getitem__(self, places: range) -> tuple[Tensor, Tensor]:
