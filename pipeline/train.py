@@ -1,0 +1,319 @@
+"""Training a run of the experiment with Ray Train: workers, checkpoints, what is left in outputs/<run>.
+
+A configuration's fingerprint names its folder of checkpoints. There Ray keeps the newest checkpoints, each with
+the best weights so far, and `run.json` says which MLflow run it is and whether it ended. A training that did not
+end goes on from its last checkpoint, in its MLflow run; everything else starts afresh.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import ray
+import ray.train
+import torch
+import torch.distributed
+import yaml
+from ray.train.torch import TorchTrainer, get_device, prepare_model
+from safetensors.torch import load_file, save_file
+
+import flopeq
+from pipeline import cluster, data, loop, recipe
+from pipeline.config import ConfigError, Experiment
+
+logger = logging.getLogger(__name__)
+
+HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
+_FOLLOW_S = 0.2
+_CODE = ("augment", "data", "loop", "recipe")
+_UNFELT = {"keep_checkpoints", "loader_workers"}  # of `train`: what leaves the weights as they are
+
+
+def train(experiment: Experiment, run_name: str) -> None:
+    """Trains a run, or goes on with it, and writes outputs/<run>/ as the stage `train@<run>` declares.
+
+    Raises:
+        ConfigError, ShardError, ClusterError: what is wrong with the parameters, the data, the cluster.
+    """
+    shards = data.Shards(experiment.data.shards)
+    settings, configuration = experiment.train, experiment.resolved(run_name)
+    num_classes = len(shards.classes)
+    _check(experiment, run_name, num_classes)
+    cluster.connect(cpus=settings.workers * settings.cpus_per_worker)
+    gpu = _use_gpu(experiment)
+    place = _Place.of(experiment, run_name, fingerprint(configuration, experiment.data.shards))
+    note = place.take_up()
+
+    from pipeline import track  # not before the run is sure to start: importing MLflow takes seconds
+
+    mlflow_run_id = track.start_run(experiment, run_name, resume=note.get("mlflow_run_id"))
+    place.write(mlflow_run_id, "running")
+    status = "interrupted"
+    try:
+        with _following(run_name, mlflow_run_id, experiment.recipe(run_name).epochs) as journal:
+            result = TorchTrainer(
+                _work,
+                train_loop_config={"experiment": experiment, "run": run_name, "root": str(Path.cwd())},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=settings.workers,
+                    use_gpu=gpu,
+                    resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+                ),
+                run_config=ray.train.RunConfig(
+                    name=place.fingerprint,
+                    storage_path=place.storage,
+                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
+                    failure_config=ray.train.FailureConfig(max_failures=2),
+                    callbacks=[journal],
+                ),
+            ).fit()
+        outcome = result.return_value
+        status = outcome["status"]
+        _write_outputs(Path("outputs") / run_name, configuration, outcome, place, mlflow_run_id, result.checkpoint,
+                       initial=lambda: _model(experiment, run_name, num_classes))
+        track.log_final(mlflow_run_id, {}, [Path("outputs") / run_name / "weights.safetensors",
+                                            Path("outputs") / run_name / "config.yaml"])
+        place.write(mlflow_run_id, status)
+    finally:
+        track.finish(mlflow_run_id, status)
+
+
+def fingerprint(configuration: Mapping[str, Any], shards: Path) -> str:
+    """A hash of all that the final weights are a function of: configuration, data, code, torch and timm."""
+    felt = {key: value for key, value in configuration["train"].items() if key not in _UNFELT}
+    versions = [version("torch"), version("timm")]
+    digest = hashlib.sha256(json.dumps([{**configuration, "train": felt}, versions], sort_keys=True).encode())
+    here = Path(__file__).parent
+    code = sorted(Path(flopeq.__file__).parent.glob("*.py")) + [here / f"{module}.py" for module in _CODE]
+    for path in (shards / "manifest.json", *code):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one configuration of a run keeps its checkpoints (`storage`) and its note (`notes`, always local)."""
+
+    fingerprint: str
+    storage: str
+    notes: Path
+
+    @classmethod
+    def of(cls, experiment: Experiment, run_name: str, fingerprint: str) -> _Place:
+        notes = Path("outputs", run_name, "checkpoints").absolute()
+        base = experiment.storage if "://" in experiment.storage else str(Path(experiment.storage).absolute())
+        return cls(fingerprint, f"{base}/{run_name}/checkpoints", notes)
+
+    def take_up(self) -> dict[str, str]:
+        """The note of an unfinished training of this configuration; all else that lies here is removed."""
+        path = self.notes / self.fingerprint / "run.json"
+        note = json.loads(path.read_text()) if path.is_file() else {}
+        keep = note.get("status") == "running"
+        filesystem, root = pyarrow.fs.FileSystem.from_uri(self.storage)
+        for kept, folder in ((keep, root), (keep, str(self.notes))):
+            system = filesystem if folder == root else pyarrow.fs.LocalFileSystem()
+            for entry in system.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True)):
+                if entry.type == pyarrow.fs.FileType.Directory and not (kept and entry.base_name == self.fingerprint):
+                    system.delete_dir(entry.path)
+        return note if keep else {}
+
+    def write(self, mlflow_run_id: str, status: str) -> None:
+        _write_json(self.notes / self.fingerprint / "run.json", {"mlflow_run_id": mlflow_run_id, "status": status})
+
+
+def _check(experiment: Experiment, run_name: str, num_classes: int) -> None:
+    """What would otherwise fail on the workers, late."""
+    batch, workers = experiment.recipe(run_name).global_batch_size, experiment.train.workers
+    if batch % workers:
+        raise ConfigError(f"global_batch_size {batch} does not divide over train.workers {workers}")
+    with torch.device("meta"):
+        _model(experiment, run_name, num_classes)
+
+
+def _use_gpu(experiment: Experiment) -> bool:
+    settings = experiment.train
+    has = ray.cluster_resources().get("GPU", 0)
+    gpu = has > 0 if settings.gpu == "auto" else settings.gpu
+    if gpu and has < settings.workers:
+        raise cluster.ClusterError(f"train.workers {settings.workers} with a GPU each, but the cluster has {has:.0f}")
+    if settings.amp == "fp16" and not gpu:
+        raise ConfigError("train.amp: fp16 needs a GPU; on CPU use bf16 or off")
+    return gpu
+
+
+def _model(experiment: Experiment, run_name: str, num_classes: int) -> torch.nn.Module:
+    run = experiment.run(run_name)
+    return recipe.model(run.model, run.args, experiment.recipe(run_name), num_classes=num_classes,
+                        seed=experiment.seed_of(run_name))
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    """One worker's training. Returns how it ended and its history."""
+    experiment, run_name = config["experiment"], config["run"]
+    settings, recipe_, seed = experiment.train, experiment.recipe(run_name), experiment.seed_of(run_name)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(settings.cpus_per_worker)
+    device = get_device()
+    shards = data.Shards(Path(config["root"]) / experiment.data.shards)
+    images = {split: data.IndexedImages(shards, split) for split in ("train", "val")}
+    model = _model(experiment, run_name, len(shards.classes)).to(device)
+    steps_per_epoch = data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
+    training = loop.Training.start(model, recipe_, steps_per_epoch=steps_per_epoch, amp=settings.amp)
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            state = torch.load(Path(folder, "state.pt"), map_location=device, weights_only=True)
+            training.load_state_dict(state, load_file(Path(folder, "best.safetensors")))
+
+    def report(training: loop.Training) -> None:
+        row = training.history[-1]
+        if rank:
+            return ray.train.report(row)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(training.state_dict(), Path(folder, "state.pt"))
+            save_file(training.best.weights, Path(folder, "best.safetensors"))
+            ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder),
+                             checkpoint_dir_name=f"epoch-{training.epoch:04d}")
+
+    mine = {"rank": rank, "world_size": world_size}
+    theirs = {**mine, "loader_workers": settings.loader_workers, "device": device}
+    status, message = "finished", None
+    try:
+        loop.fit(
+            training,
+            recipe_,
+            train_batches=lambda epoch: data.train_batches(
+                images["train"], recipe_, experiment.data, seed=seed, epoch=epoch, **theirs
+            ),
+            val_batches=lambda: data.val_batches(
+                images["val"], recipe_, experiment.data,
+                batch_size=recipe_.global_batch_size // world_size, **theirs,
+            ),
+            on_epoch=report,
+            num_classes=len(shards.classes),
+            seed=seed,
+            names=images["train"].keys,
+            amp=settings.amp,
+            forward=_forward(model, device, compile=settings.compile, world_size=world_size),
+            all_reduce=_all_reduce if world_size > 1 else lambda sums: sums,
+            **mine,
+        )
+    except loop.NonFiniteLoss as error:
+        status, message = "diverged", str(error)
+    return {"status": status, "message": message, "history": training.history, "best_epoch": training.best.epoch}
+
+
+def _forward(model: torch.nn.Module, device: torch.device, *, compile: bool, world_size: int) -> torch.nn.Module:
+    """The model as training calls it: under DDP when there are several workers, compiled when that is asked for."""
+    if world_size > 1:
+        model = prepare_model(model, move_to_device=False)
+    if compile:
+        from flopeq.benchmark import can_compile
+
+        return torch.compile(model) if can_compile(device) else model
+    return model
+
+
+def _all_reduce(sums: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(sums)
+    return sums
+
+
+class _Journal(ray.train.UserCallback):
+    """Hands the epochs from Ray's controller, which works on the driver's node, to the driver, as lines of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(metrics[0]) + "\n")
+
+
+@contextmanager
+def _following(run_name: str, mlflow_run_id: str, epochs: int) -> Iterator[_Journal]:
+    """A journal; while the context lasts, a thread prints and tracks every epoch written to it."""
+    from pipeline import track
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, ended = Path(folder, "epochs.jsonl"), threading.Event()
+        path.touch()
+
+        def follow() -> None:
+            first: tuple[int, float] | None = None
+            with path.open() as file:
+                last = False
+                while not last:
+                    last = ended.wait(_FOLLOW_S)
+                    for line in file:
+                        row, now = json.loads(line), time.monotonic()
+                        first = first or (row["epoch"], now)
+                        _progress(run_name, row, epochs, first, now)
+                        track.log_epoch(mlflow_run_id, row, int(row["epoch"]))
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield _Journal(path)
+        finally:
+            ended.set()
+            follower.join()
+
+
+def _progress(run_name: str, row: dict[str, Any], epochs: int, first: tuple[int, float], now: float) -> None:
+    done = row["epoch"] + 1
+    eta = "" if row["epoch"] == first[0] else (
+        f"  ETA {(now - first[1]) / (row['epoch'] - first[0]) * (epochs - done):.0f} s"
+    )
+    logger.info(
+        "%s  epoch %d/%d  lr %.2e  loss %.4f  top-1 %.2f %%  %.0f img/s%s",
+        run_name, done, epochs, row["lr"], row["train/loss"], row["val/top1_pct"], row["perf/img_per_s"], eta,
+    )
+
+
+def _write_outputs(
+    folder: Path, configuration: dict[str, Any], outcome: dict[str, Any], place: _Place, mlflow_run_id: str,
+    checkpoint: ray.train.Checkpoint | None, initial: Callable[[], torch.nn.Module],
+) -> None:
+    """What the stage declares: weights.safetensors, history.csv, run.json, config.yaml."""
+    if outcome["status"] == "diverged":
+        logger.warning("%s diverged: %s", configuration["run"], outcome["message"])
+    if checkpoint is None:  # diverged in its first epoch
+        save_file(loop.weights_of(initial()), folder / "weights.safetensors")
+    else:
+        with checkpoint.as_directory() as path:
+            shutil.copyfile(Path(path, "best.safetensors"), folder / "weights.safetensors")
+    with (folder / "history.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, HISTORY, lineterminator="\n")
+        table.writeheader()
+        table.writerows(outcome["history"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False))
+    _write_json(folder / "run.json", {
+        "run": configuration["run"],
+        "mlflow_run_id": mlflow_run_id,
+        "fingerprint": place.fingerprint,
+        "status": outcome["status"],
+        "best_epoch": outcome["best_epoch"],
+    })
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
