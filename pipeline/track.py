@@ -152,13 +152,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _identity(experiment: Experiment, run_name: str) -> dict[str, str]:
     info = describe(experiment.run(run_name).model)
-    return {
-        "paper_name": info.paper_name or "",
-        "family": info.family or "",
-        "size": info.size or "",
-        "variant": info.variant or "",
-        "seed": str(experiment.seed_of(run_name)),
-    }
+    known = {key: getattr(info, key) for key in ("paper_name", "family", "size", "variant")} if info else {}
+    return {**known, "seed": str(experiment.seed_of(run_name))}
 
 
 def _provenance() -> dict[str, str]:

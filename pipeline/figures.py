@@ -1,0 +1,298 @@
+"""The report's figures. A colour is a family, a marker or dash a variant; hollow markers did not converge."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product, zip_longest
+from typing import TYPE_CHECKING
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+if TYPE_CHECKING:
+    from pipeline.report import Result
+
+# Okabe and Ito's palette, told apart under every common colour blindness.
+COLOURS = {"vit": "#0072B2", "resmlp": "#D55E00", "convnext_iso": "#009E73", None: "#666666"}
+FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)", None: "other"}
+MARKERS = {"X": "o", "E": "^", "H": "s", None: "D"}
+DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), None: "-."}
+VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", None: "other"}
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#777777",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "svg.hashsalt": "flopeq",
+}
+
+Place = tuple[float, float]
+Box = tuple[float, float, float, float]
+
+_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure, drawn: the same as PNG and as SVG, and a sentence that says what is seen."""
+
+    name: str
+    title: str
+    caption: str
+    png: bytes
+    svg: bytes
+
+
+def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[float, str]) -> list[Picture]:
+    """All figures of a study.
+
+    Args:
+        flops, params: divisor and unit of their axes, such as (1e9, "GFLOPs").
+    """
+    per_flop, flop_unit = flops
+    per_param, param_unit = params
+    base = {result.run: result for result in results}
+
+    def gflops(result: Result) -> float | None:
+        return result.flops and result.flops / per_flop
+
+    def baseline_gflops(result: Result) -> float | None:
+        return gflops(base[result.baseline]) if result.baseline else None
+
+    def gain_pct(result: Result) -> float | None:
+        return result.throughput_ratio and 100 * (result.throughput_ratio - 1)
+
+    with matplotlib.rc_context(_STYLE):
+        return [
+            _picture(
+                "accuracy_vs_flops",
+                "Accuracy against FLOPs",
+                "Validation top-1 by the FLOPs of a forward pass (the paper's figure 1). Thin lines join E(X) "
+                "and H(X) to their X. Hollow: did not converge; if far below the others, at the edge.",
+                scatter(
+                    results,
+                    gflops,
+                    _above_edge(results),
+                    f"{flop_unit} per image",
+                    "validation top-1 (%)",
+                    join=True,
+                ),
+            ),
+            _picture(
+                "flops_vs_params",
+                "FLOPs against parameters",
+                "On one line through the origin, the work per parameter is the same (the paper's figure 5).",
+                scatter(
+                    results,
+                    lambda r: r.params and r.params / per_param,
+                    gflops,
+                    f"parameters ({param_unit})",
+                    f"{flop_unit} per image",
+                    proportional=True,
+                ),
+            ),
+            _picture(
+                "throughput_gain",
+                "Throughput gain against FLOPs",
+                "Forward throughput of E(X) and H(X) relative to their X, by the FLOPs of X "
+                "(the paper's figure 6). Below 0 they are slower than X.",
+                scatter(
+                    results,
+                    baseline_gflops,
+                    gain_pct,
+                    f"{flop_unit} per image, of X",
+                    "throughput gain over X (%)",
+                    zero=True,
+                ),
+            ),
+            _picture(
+                "training_curves",
+                "Training curves",
+                "Validation top-1 and training loss after each epoch.",
+                _curves(results),
+            ),
+        ]
+
+
+def _above_edge(results: Sequence[Result]) -> Callable[[Result], float | None]:
+    """Top-1, but not so far below the runs that converged that these fall into one heap."""
+    good = [r.top1_pct for r in results if r.converged and r.top1_pct is not None]
+    edge = min(good) - max(1.0, 0.4 * (max(good) - min(good))) if good else 0.0
+    return lambda r: r.top1_pct if r.top1_pct is None or r.converged else max(r.top1_pct, edge)
+
+
+def _picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=160)
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return Picture(name, title, caption, png.getvalue(), svg.getvalue())
+
+
+def scatter(
+    results: Sequence[Result],
+    x: Callable[[Result], float | None],
+    y: Callable[[Result], float | None],
+    xlabel: str,
+    ylabel: str,
+    *,
+    join: bool = False,
+    proportional: bool = False,
+    zero: bool = False,
+) -> Figure:
+    """Points labelled by run.
+
+    Args:
+        join: draw a line from each E and H to its X.
+        proportional: show the origin, or make both axes logarithmic.
+        zero: draw the line y = 0.
+    """
+    figure = Figure(figsize=(5.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    places = {r.run: (px, py) for r in results if (px := x(r)) is not None and (py := y(r)) is not None}
+    drawn = [result for result in results if result.run in places]
+    if not drawn:
+        return _nothing(figure, axes)
+    if zero:
+        axes.axhline(0, color="#999999", linewidth=1)
+    lines = []
+    for result in drawn:
+        colour = COLOURS[result.family]
+        if join and result.baseline in places:
+            lines.append((places[result.baseline], places[result.run]))
+            axes.plot(*zip(*lines[-1], strict=True), color=colour, linewidth=1, alpha=0.4, zorder=1)
+        face = colour if result.converged else "white"
+        marker = MARKERS[result.variant]
+        axes.plot(*places[result.run], marker, color=colour, markerfacecolor=face, markersize=8, zorder=3)
+    _scale(axes, list(places.values()), proportional)
+    _key(figure, drawn)
+    _label(figure, axes, [(r.label, places[r.run], COLOURS[r.family]) for r in drawn], lines)
+    return figure
+
+
+def _curves(results: Sequence[Result]) -> Figure:
+    figure = Figure(figsize=(5.4, 6.6), layout="constrained")
+    top1, loss = figure.subplots(2, 1, sharex=True)
+    drawn = [result for result in results if result.history]
+    for axes, column in ((top1, "val/top1_pct"), (loss, "train/loss")):
+        for result in drawn:
+            axes.plot(
+                [row["epoch"] + 1 for row in result.history],
+                [row[column] for row in result.history],
+                color=COLOURS[result.family],
+                linestyle=DASHES[result.variant],
+                linewidth=1.7,
+            )
+    top1.set(ylabel="validation top-1 (%)")
+    loss.set(xlabel="epoch", ylabel="training loss")
+    if not drawn:
+        return _nothing(figure, top1)
+    handles = [
+        Line2D([], [], color=COLOURS[r.family], linestyle=DASHES[r.variant], linewidth=1.7, label=r.label)
+        for r in drawn
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, handlelength=2.6)
+    return figure
+
+
+def _nothing(figure: Figure, axes: Axes) -> Figure:
+    where = {"ha": "center", "va": "center", "transform": axes.transAxes}
+    axes.text(0.5, 0.5, "nothing measured", color="#777777", **where)
+    axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def _scale(axes: Axes, places: Sequence[Place], proportional: bool) -> None:
+    """Logarithmic where x spans more than a decade, and room for labels at the edges."""
+    xs = [x for x, _ in places]
+    axes.margins(x=0.14, y=0.12)
+    if min(xs) > 0 and max(xs) > 10 * min(xs):
+        axes.set(xscale="log", yscale="log" if proportional else "linear")
+        for axis in (axes.xaxis, axes.yaxis) if proportional else (axes.xaxis,):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+    elif proportional:
+        axes.set(xlim=(0, max(xs) * 1.14), ylim=(0, None))
+
+
+def _key(figure: Figure, results: Sequence[Result]) -> None:
+    """Families in a first row, variants in a second."""
+    families = [family for family in COLOURS if any(r.family == family for r in results)]
+    variants = [variant for variant in MARKERS if any(r.variant == variant for r in results)]
+    first = [Line2D([], [], color=COLOURS[family], lw=5, label=FAMILIES[family]) for family in families]
+    second = [
+        Line2D([], [], color="#444444", marker=MARKERS[variant], ls="", label=VARIANTS[variant])
+        for variant in variants
+    ]
+    blank = Line2D([], [], ls="", label=" ")
+    pairs = zip_longest(first, second, fillvalue=blank)  # a legend is filled column by column
+    figure.legend(
+        handles=[handle for pair in pairs for handle in pair],
+        loc="outside lower center",
+        ncols=max(len(first), len(second)),
+        fontsize=8.5,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+
+
+def _label(
+    figure: Figure,
+    axes: Axes,
+    labels: Sequence[tuple[str, Place, str]],
+    lines: Sequence[tuple[Place, Place]],
+) -> None:
+    """Writes each label at the nearest place around its point that is clear of points, labels and lines."""
+    figure.draw_without_rendering()
+    pixel = figure.dpi / 72
+    spots = [axes.transData.transform(place) for _, place, _ in labels]
+    taken = [_box(x, y, 12 * pixel, 12 * pixel) for x, y in spots]
+    for a, b in lines:
+        (ax, ay), (bx, by) = axes.transData.transform([a, b])
+        taken += [_box(ax + (bx - ax) * t / 40, ay + (by - ay) * t / 40, 2, 2) for t in range(41)]
+    left, bottom, right, top = axes.bbox.extents
+    for (text, place, colour), (x, y) in zip(labels, spots, strict=True):
+        note = axes.annotate(
+            text,
+            place,
+            (0, 0),
+            textcoords="offset points",
+            color=colour,
+            fontsize=9,
+            ha="center",
+            va="center",
+        )
+        extent = note.get_window_extent()
+        fits = []
+        for distance, (dx, dy) in product((9, 16, 26, 38, 52), _DIRECTIONS):
+            shift = (dx * (distance * pixel + extent.width / 2), dy * distance * 1.2 * pixel)
+            box = _box(x + shift[0], y + shift[1], extent.width, extent.height)
+            outside = box[0] < left or box[1] < bottom or box[2] > right or box[3] > top
+            fits.append((sum(_overlap(box, other) for other in taken) + 10 * outside, shift, box))
+            if not fits[-1][0]:
+                break
+        _, shift, box = min(fits, key=lambda fit: fit[0])
+        note.set_position((shift[0] / pixel, shift[1] / pixel))
+        taken.append(box)
+
+
+def _box(x: float, y: float, width: float, height: float) -> Box:
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

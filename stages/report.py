@@ -1,0 +1,64 @@
+"""Stage `report`: the comparison of all runs, written to reports/ and printed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages import main
+
+if TYPE_CHECKING:
+    from pipeline.report import Table
+
+_PADDING = 2  # what rich puts around a cell
+
+
+def run() -> None:
+    from pipeline import config, report
+
+    experiment = config.load()
+    report.write(experiment, report.collect(experiment))
+    show()
+
+
+def show() -> None:
+    """Prints the comparison, in as many parts as the terminal's width asks for, and where the page lies."""
+    from pathlib import Path
+
+    import rich.box
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    from pipeline import config, report
+
+    table, console = report.tabulate(report.collect(config.load())), Console()
+    for part in _parts(table, console.width):
+        grid = Grid(box=rich.box.SIMPLE_HEAD, padding=(0, 1))
+        for number in part:
+            words = number < table.num_text_columns
+            grid.add_column(table.columns[number], justify="left" if words else "right", vertical="bottom")
+        for row in table.rows:
+            grid.add_row(*(row[number] for number in part))
+        console.print(grid)
+    for footnote in table.footnotes:
+        console.print(footnote)
+    console.print(f"report: {Path('reports/index.html').resolve()}", soft_wrap=True, highlight=False)
+
+
+def _parts(table: Table, width: int) -> list[list[int]]:
+    """The columns in groups no wider than `width`, each headed by the run's name."""
+    widths = [
+        _PADDING + max(len(word) for word in [*heading.split(), *(row[number] for row in table.rows)])
+        for number, heading in enumerate(table.columns)
+    ]
+    parts, start = [[0]], 1
+    for _, span in table.groups:
+        group = list(range(max(start, 1), start + span - (start == 1)))
+        if sum(widths[number] for number in [*parts[-1], *group]) > width - _PADDING and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1] += group
+        start = group[-1] + 1
+    return parts
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,285 @@
+"""The report says what the files say, of good runs and of bad ones, and draws it without collisions."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import config, figures, report
+from stages.report import run as report_stage
+
+ROOT = Path(__file__).parent.parent
+NUM_EPOCHS = 12
+FLOPS = {"X": 2.2e6, "H": 1.7e6, "E": 1.2e6}
+SPEED = {"X": 20_000.0, "H": 22_000.0, "E": 24_000.0}
+TOP1 = {
+    "vit": 98.6,
+    "h-vit": 98.3,
+    "e-vit": 96.1,
+    "resmlp": 97.8,
+    "e-resmlp": 97.2,
+    "convnext": 98.9,
+    "e-convnext": 98.6,
+}
+FAMILY_SCALE = {"vit": 1.0, "resmlp": 0.8, "convnext": 1.4}
+
+
+def fabricate(folder: Path, changes: dict[str, Any] | None = None) -> config.Experiment:
+    """A folder as the stages before the report leave it, of the committed experiment with TOP1's accuracies.
+
+    `changes` are merged into the `models` section; None there removes the run.
+    """
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["models"] = {k: v for k, v in {**params["models"], **(changes or {})}.items() if v is not None}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    experiment = config.load(folder / "params.yaml")
+    complexity, throughput = [], []
+    for name, run in experiment.models.items():
+        variant = "E" if "flop_" in run.model else "H" if "flophybrid_" in run.model else "X"
+        scale = FAMILY_SCALE.get(name.split("-")[-1], 1.0)
+        flops = int(FLOPS[variant] * scale)
+        complexity.append(
+            {
+                "run": name,
+                "model": run.model,
+                "params": flops // 14,
+                "flops": flops,
+                "macs": int(flops * 0.9),
+                "elementwise": int(flops * 0.1),
+            }
+        )
+        throughput.append(
+            {
+                "run": name,
+                "model": run.model,
+                "device": "cpu",
+                "dtype": "float32",
+                "batch_size": 64,
+                "img_per_s": SPEED[variant] / scale,
+                "peak_mem_mb": None,
+                "compiled": True,
+            }
+        )
+        _run(folder / "outputs" / name, TOP1.get(name, 97.0), invariant=variant == "E")
+    (folder / "reports").mkdir()
+    (folder / "reports/complexity.json").write_text(json.dumps(complexity))
+    (folder / "reports/throughput.json").write_text(json.dumps(throughput))
+    return experiment
+
+
+def _run(folder: Path, top1: float, invariant: bool) -> None:
+    folder.mkdir(parents=True)
+    rows = [_epoch(epoch, top1) for epoch in range(NUM_EPOCHS)]
+    _history(folder, rows)
+    _dump(folder / "run.json", run=folder.name, mlflow_run_id="0" * 32, fingerprint="f", status="finished")
+    _dump(
+        folder / "metrics.json",
+        **{
+            "val/top1_pct": top1,
+            "val/top5_pct": 99.9,
+            "val/loss": 0.1,
+            "val/flop_agreement_pct": 100.0 if invariant else 41.5,
+            "equivariance/max_rel_error": 3.1e-7 if invariant else 0.83,
+            "converged": True,
+        },
+    )
+
+
+def _epoch(epoch: int, top1: float) -> dict[str, float]:
+    learnt = 1 - math.exp(-(epoch + 1) / 3)
+    return {
+        "epoch": epoch,
+        "lr": 1e-3,
+        "train/loss": 2.3 - 1.7 * learnt,
+        "val/loss": 2.2 - 2 * learnt,
+        "val/top1_pct": 10 + (top1 - 10) * learnt,
+        "val/top5_pct": 99.0,
+        "perf/img_per_s": 900.0,
+    }
+
+
+def _history(folder: Path, rows: list[dict[str, float]]) -> None:
+    with (folder / "history.csv").open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _dump(path: Path, **content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def diverge(folder: Path) -> None:
+    """Makes of a run's folder one whose loss became non-finite in the third epoch."""
+    _history(folder, [_epoch(0, 30.0), _epoch(1, 30.0)])
+    _dump(folder / "run.json", run=folder.name, mlflow_run_id="0" * 32, fingerprint="f", status="diverged")
+    _dump(
+        folder / "metrics.json",
+        **{
+            "val/top1_pct": 19.7,
+            "val/top5_pct": 66.0,
+            "val/loss": None,
+            "val/flop_agreement_pct": 100.0,
+            "equivariance/max_rel_error": float("nan"),
+            "converged": False,
+        },
+    )
+
+
+def collect(folder: Path, experiment: config.Experiment) -> dict[str, report.Result]:
+    return {r.run: r for r in report.collect(experiment, folder / "outputs", folder / "reports")}
+
+
+def cells(folder: Path, experiment: config.Experiment) -> dict[str, dict[str, str]]:
+    table = report.tabulate(list(collect(folder, experiment).values()))
+    return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+
+
+def test_table_compares_each_run_with_its_baseline(tmp_path: Path) -> None:
+    rows = cells(tmp_path, fabricate(tmp_path))
+    assert list(rows) == ["vit", "e-vit", "h-vit", "resmlp", "e-resmlp", "convnext", "e-convnext"]
+    e, x = rows["e-vit"], rows["vit"]
+    assert (x["model"], e["model"], rows["h-vit"]["model"]) == ("ViT", "E(ViT)", "H(ViT)")
+    assert (e["top-1 %"], e["flop agreement %"], e["equivariance error"]) == ("96.1", "100.0", "3.1e-07")
+    assert (x["MFLOPs"], e["MFLOPs"], e["MMACs"], e["params (k)"]) == ("2.20", "1.20", "1.08", "85.7")
+    assert (e["throughput ratio"], e["FLOP ratio"], e["share %"]) == ("1.20", "1.83", "65")
+    assert (x["throughput ratio"], x["FLOP ratio"], x["share %"]) == ("–", "–", "–")
+
+
+def test_paper_columns_stand_only_beside_models_of_the_paper(tmp_path: Path) -> None:
+    experiment = fabricate(
+        tmp_path,
+        {
+            "vit": {"model": "deit3_small_patch16_224", "recipe": "digits"},
+            "e-vit": {"model": "flop_deit3_small_patch16_224", "recipe": "digits"},
+            "h-vit": {
+                "model": "flophybrid_deit3_large_patch16_224",
+                "args": {"num_flop_blocks": 3},
+                "recipe": "digits",
+            },
+        },
+    )
+    small_images = cells(tmp_path, experiment)
+    assert "top-1 %, ImageNet" not in small_images["vit"]
+
+    data = experiment.data.model_copy(update={"image_size": 224})
+    rows = cells(tmp_path, experiment.model_copy(update={"data": data}))
+    assert (rows["vit"]["model"], rows["vit"]["top-1 %, ImageNet"]) == ("ViT-S", "80.4")
+    assert (rows["vit"]["GFLOPs"], rows["vit"]["images/s, A100"]) == ("4.7", "7,174")
+    assert rows["e-vit"]["top-1 %, ImageNet"] == "†"
+    for name in ("h-vit", "resmlp", "e-convnext"):
+        assert rows[name]["top-1 %, ImageNet"] == "–"
+    assert rows["h-vit"]["model"] == "H(ViT)"
+
+
+def test_runs_that_did_not_converge_get_a_dagger_and_a_footnote(tmp_path: Path) -> None:
+    experiment = fabricate(tmp_path)
+    diverge(tmp_path / "outputs/e-vit")
+    (tmp_path / "outputs/resmlp/metrics.json").unlink()
+    for path in (tmp_path / "outputs/e-convnext").iterdir():
+        path.unlink()
+    results = list(collect(tmp_path, experiment).values())
+    table, page = report.write(experiment, results, tmp_path / "reports")
+    daggers = [row[0] for row in table.rows if "†" in row[0]]
+    assert daggers == ["e-vit †", "resmlp †", "e-convnext †"]
+    assert "e-vit did not converge: it diverged" in table.footnotes[0]
+    assert len(table.footnotes) == 3
+    assert all(note in html.unescape(page.read_text()) for note in table.footnotes)
+    numbers = json.loads((tmp_path / "reports/metrics.json").read_text())
+    assert numbers["e-vit"]["converged"] is False and numbers["vit"]["converged"] is True
+    assert "equivariance/max_rel_error" not in numbers["e-vit"]
+
+
+def test_nothing_measured_is_a_report_too(tmp_path: Path) -> None:
+    experiment = fabricate(tmp_path)
+    results = report.collect(experiment, tmp_path / "nowhere", tmp_path / "nowhere")
+    table, page = report.write(experiment, results, tmp_path / "reports")
+    assert page.is_file() and all("†" in row[0] for row in table.rows)
+
+
+def test_page_is_self_contained_and_the_same_for_the_same_numbers(tmp_path: Path) -> None:
+    experiment = fabricate(tmp_path)
+    results = list(collect(tmp_path, experiment).values())
+    _, page = report.write(experiment, results, tmp_path / "reports")
+    _, again = report.write(experiment, results, tmp_path / "again")
+    content = page.read_text()
+    assert content == again.read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(", content)
+    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', content)
+    assert len(images) == 4 and all(b"<svg" in base64.b64decode(image) for image in images)
+    pngs = {path.stem for path in (tmp_path / "reports").glob("*.png")}
+    assert pngs == {"accuracy_vs_flops", "flops_vs_params", "throughput_gain", "training_curves"}
+    assert (tmp_path / "reports/report.md").read_text().count("\n| ") == 2 + len(results)
+
+
+def test_names_that_look_like_markup_are_text(tmp_path: Path) -> None:
+    experiment = fabricate(tmp_path)
+    tracking = config.Tracking(experiment="<b>digits</b>")
+    results = report.collect(experiment, tmp_path / "outputs", tmp_path / "reports")
+    experiment = experiment.model_copy(update={"tracking": tracking})
+    _, page = report.write(experiment, results, tmp_path / "reports")
+    assert "<b>digits" not in page.read_text()
+
+
+def test_baseline_is_the_run_of_the_same_seed(tmp_path: Path) -> None:
+    vit = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]["vit"]
+    e_vit = {**vit, "model": "flop_deit3_small_patch16_224"}
+    wide = {**vit, "args": {**vit["args"], "embed_dim": 128}}
+    experiment = fabricate(
+        tmp_path,
+        {
+            "vit": None,
+            "wide-vit": wide,
+            "vit-1": {**vit, "seed": 1},
+            "vit-2": {**vit, "seed": 2},
+            "e-vit": {**e_vit, "seed": 2},
+            "h-vit": {**wide, "model": "flophybrid_deit3_large_patch16_224"},
+        },
+    )
+    results = collect(tmp_path, experiment)
+    assert results["e-vit"].baseline == "vit-2"
+    assert results["h-vit"].baseline is None, "another size"
+    assert results["wide-vit"].baseline is None, "itself an X"
+
+
+def test_throughputs_measured_differently_are_not_compared(tmp_path: Path) -> None:
+    experiment = fabricate(tmp_path)
+    path = tmp_path / "reports/throughput.json"
+    entries = json.loads(path.read_text())
+    entries[0]["compiled"] = False
+    path.write_text(json.dumps(entries))
+    rows = cells(tmp_path, experiment)
+    assert rows["e-vit"]["throughput ratio"] == "–" and rows["e-resmlp"]["throughput ratio"] == "1.20"
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.2, 5.0])
+def test_labels_stay_clear_of_each_other(tmp_path: Path, spread: float) -> None:
+    results = list(collect(tmp_path, fabricate(tmp_path)).values())
+    places = {result.run: 90 + spread * number for number, result in enumerate(results)}
+    figure = figures.scatter(results, lambda r: (r.flops or 0) / 1e6, lambda r: places[r.run], "x", "y")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == len(results)
+    assert not any(a.overlaps(b) for number, a in enumerate(boxes) for b in boxes[:number])
+
+
+def test_stage_prints_the_table_and_where_the_page_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fabricate(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    report_stage()
+    printed = capsys.readouterr().out.rstrip()
+    assert printed.endswith(str(tmp_path / "reports/index.html"))
+    lines = printed.splitlines()[:-1]
+    assert max(map(len, lines)) <= 80 and sum("e-convnext" in line for line in lines) > 1
+    assert all(word in printed for word in ("E(ConvNeXt (iso.))", "24,000", "3.1e-07", "98.6"))
