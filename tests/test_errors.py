@@ -42,7 +42,7 @@ def change(folder: Path, value: object, *keys: str) -> None:
         del section[keys[-1]]
     else:
         section[keys[-1]] = value
-    path.write_text(yaml.safe_dump(params))
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *mentioned: str) -> None:
