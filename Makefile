@@ -1,6 +1,7 @@
 # What people run. Every target first sets up .venv from constraints.txt, when that is missing or stale.
 SHELL := /bin/bash
 PYTHON ?= python3
+PORT ?= 5000
 # The stamp is named by what it was installed from, so that clocks and checkouts do not matter.
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -21,7 +22,9 @@ test-slow: $(STAMP)  ## the tests that start clusters and servers, or kill proce
 	$(IN_VENV) python -m pytest -m slow
 
 ui: $(STAMP)  ## the MLflow UI over the runs, on 127.0.0.1
-	@$(IN_VENV) python -m stages.ui
+	@case "$$MLFLOW_TRACKING_URI" in http*) echo "the runs are at $$MLFLOW_TRACKING_URI" ;; *) \
+	  $(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
+	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" ;; esac
 
 lint: $(STAMP)  ## style, types, import directions
 	$(IN_VENV) ruff check .
@@ -31,7 +34,7 @@ lint: $(STAMP)  ## style, types, import directions
 # A set-up that was cut off has no stamp: it starts over. One that is only stale is brought up to date in place.
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true);" \
+	  echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
 	       "name another one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@compgen -G '.venv/.installed-*' >/dev/null || $(PYTHON) -m venv --clear .venv
 	@rm -f .venv/.installed-*
