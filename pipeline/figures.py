@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 if TYPE_CHECKING:
@@ -76,19 +77,21 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
     def gain_pct(result: Result) -> float | None:
         return result.throughput_ratio and 100 * (result.throughput_ratio - 1)
 
+    edge = _above_edge(results)
     with matplotlib.rc_context(_STYLE):
         return [
             _picture(
                 "accuracy_vs_flops",
                 "Accuracy against FLOPs",
-                "Validation top-1 by the FLOPs of a forward pass (the paper's figure 1). Thin lines join E(X) "
-                "and H(X) to their X. Hollow: did not converge; if far below the others, at the edge.",
+                "Validation top-1 by the FLOPs of a forward pass (the paper's figure 1). Thin lines join "
+                "E(X) and H(X) to their X. Hollow: did not converge; far below the rest, at the edge.",
                 scatter(
                     results,
                     gflops,
-                    _above_edge(results),
+                    edge,
                     f"{flop_unit} per image",
                     "validation top-1 (%)",
+                    label=lambda r: r.label if edge(r) == r.top1_pct else f"{r.label} at {r.top1_pct:.0f}%",
                     join=True,
                 ),
             ),
@@ -149,13 +152,15 @@ def scatter(
     xlabel: str,
     ylabel: str,
     *,
+    label: Callable[[Result], str] = lambda result: result.label,
     join: bool = False,
     proportional: bool = False,
     zero: bool = False,
 ) -> Figure:
-    """Points labelled by run.
+    """A point for each run.
 
     Args:
+        label: what is written beside it.
         join: draw a line from each E and H to its X.
         proportional: show the origin, or make both axes logarithmic.
         zero: draw the line y = 0.
@@ -180,7 +185,7 @@ def scatter(
         axes.plot(*places[result.run], marker, color=colour, markerfacecolor=face, markersize=8, zorder=3)
     _scale(axes, list(places.values()), proportional)
     _key(figure, drawn)
-    _label(figure, axes, [(r.label, places[r.run], COLOURS[r.family]) for r in drawn], lines)
+    _label(figure, axes, [(label(r), places[r.run], COLOURS[r.family]) for r in drawn], lines)
     return figure
 
 
@@ -276,6 +281,7 @@ def _label(
             ha="center",
             va="center",
         )
+        note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         extent = note.get_window_extent()
         fits = []
         for distance, (dx, dy) in product((9, 16, 26, 38, 52), _DIRECTIONS):

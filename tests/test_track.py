@@ -1,0 +1,186 @@
+"""A trained model is one MLflow run with the promised names, through resumptions and losses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline import config, track
+
+EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "perf/img_per_s": 900.0, "lr": 1e-3}
+
+
+@pytest.fixture
+def experiment(root: Path) -> config.Experiment:
+    return config.load(root / "params.yaml")
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: bytes) -> MlflowClient:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(database)
+    return MlflowClient(track.uri())
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An empty database, made once: its tables take seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path.read_bytes()
+
+
+def test_importing_turns_telemetry_off_first(root: Path) -> None:
+    code = (
+        "import os, sys; assert 'mlflow' not in sys.modules; import pipeline.track;"
+        "from mlflow.telemetry.utils import is_telemetry_disabled; assert is_telemetry_disabled();"
+        "print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean, cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["true", "true"]
+
+
+def test_uri_is_an_absolute_file_here_unless_the_environment_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert track.uri() == f"sqlite:///{tmp_path}/mlflow.db" and "////" in track.uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert track.uri() == "http://127.0.0.1:5000"
+
+
+def test_run_has_its_name_parameters_and_tags(client: MlflowClient, experiment: config.Experiment) -> None:
+    Path("dvc.lock").write_text("lock")
+    run = client.get_run(track.start_run(experiment, "e-vit", device="cuda"))
+    study = client.get_experiment_by_name("digits")
+    assert study is not None and study.experiment_id == run.info.experiment_id
+    assert study.artifact_location == (Path.cwd() / "mlartifacts").as_uri()
+    assert run.info.run_name == "e-vit"
+    params = run.data.params
+    assert (params["model"], params["args.embed_dim"]) == ("flop_deit3_small_patch16_224", "64")
+    assert (params["recipe.name"], params["recipe.lr"], params["seed"]) == ("digits", "0.002", "0")
+    tags = run.data.tags
+    assert [tags[key] for key in ("paper_name", "family", "size", "variant")] == ["E(ViT-S)", "vit", "S", "E"]
+    assert tags["dvc_lock_sha256"] == hashlib.sha256(b"lock").hexdigest()
+    assert (tags["device"], tags["seed"], tags["git_commit"]) == ("cuda", "0", "unknown")
+    assert {f"versions.{name}" for name in ("torch", "timm", "ray", "flopeq")} <= tags.keys()
+
+
+def test_models_outside_the_study_have_no_paper_name(
+    client: MlflowClient, experiment: config.Experiment
+) -> None:
+    other = experiment.run("vit").model_copy(update={"model": "resnet18"})
+    experiment = experiment.model_copy(update={"models": {"other": other}})
+    assert "paper_name" not in client.get_run(track.start_run(experiment, "other")).data.tags
+
+
+def test_dirty_leaves_out_dvc_lock(client: MlflowClient, experiment: config.Experiment) -> None:
+    def git(*command: str) -> None:
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], check=True)
+
+    def dirty() -> str:
+        return client.get_run(track.start_run(experiment, "vit")).data.tags["git_dirty"]
+
+    git("init", "-q")
+    for name in ("dvc.lock", "code.py"):
+        Path(name).write_text("first")
+    git("add", "dvc.lock", "code.py")
+    git("commit", "-qm", "first")
+    Path("dvc.lock").write_text("second")
+    assert dirty() == "false"
+    Path("code.py").write_text("second")
+    assert dirty() == "true"
+
+
+def test_an_epoch_is_logged_once_under_exactly_the_promised_names(
+    client: MlflowClient, experiment: config.Experiment
+) -> None:
+    run_id = track.start_run(experiment, "vit")
+    for epoch in (0, 1, 2):
+        track.log_epoch(run_id, EPOCH | {"epoch": epoch, "val/loss": 1.0}, epoch)
+    assert track.start_run(experiment, "vit", resume=run_id) == run_id
+    for epoch in (1, 2, 3):
+        track.log_epoch(run_id, EPOCH | {"perf/img_per_s": 100.0}, epoch)
+    assert client.get_run(run_id).data.metrics.keys() == EPOCH.keys() == set(track.EPOCH_METRICS)
+    for key in EPOCH:
+        assert [metric.step for metric in client.get_metric_history(run_id, key)] == [0, 1, 2, 3]
+
+
+def test_final_metrics_and_artifacts_come_later_through_run_json(
+    client: MlflowClient, experiment: config.Experiment
+) -> None:
+    run_id = track.start_run(experiment, "vit")
+    track.finish(run_id, "finished")
+    folder = Path("outputs/vit")
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"mlflow_run_id": run_id}))
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    track.log_final(
+        track.run_id("vit"),
+        {"complexity/params_m": 0.15, "perf/peak_mem_mb": None, "equivariance/max_rel_error": math.nan},
+        [folder / "weights.safetensors"],
+    )
+    run = client.get_run(run_id)
+    assert run.data.metrics["complexity/params_m"] == 0.15 and "perf/peak_mem_mb" not in run.data.metrics
+    assert math.isnan(run.data.metrics["equivariance/max_rel_error"])
+    assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["weights.safetensors"]
+    assert list(Path("mlartifacts").rglob("weights.safetensors"))
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(
+    ("status", "theirs"), [("finished", "FINISHED"), ("diverged", "FAILED"), ("interrupted", "KILLED")]
+)
+def test_how_a_run_ended_is_seen(
+    client: MlflowClient, experiment: config.Experiment, status: str, theirs: str
+) -> None:
+    run_id = track.start_run(experiment, "vit")
+    track.finish(run_id, status)  # pyright: ignore[reportArgumentType]
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["status"]) == (theirs, status)
+
+
+def test_a_deleted_database_is_a_warning(
+    client: MlflowClient,
+    experiment: config.Experiment,
+    database: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gone = "0123456789abcdef" * 2
+    with caplog.at_level(logging.WARNING, logger="pipeline.track"):
+        track.log_epoch(gone, EPOCH, 0)
+        track.log_final(gone, {"complexity/params_m": 1.0})
+        track.finish(gone, "finished")
+        track.log_final(track.run_id("never-trained"), {"complexity/params_m": 1.0})
+        assert track.start_run(experiment, "vit", resume=gone) != gone
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 5
+    assert sum(gone in warning and "deleted meanwhile?" in warning for warning in warnings) == 4
+
+
+def test_a_run_in_the_bin_is_gone_too(
+    client: MlflowClient, experiment: config.Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = track.start_run(experiment, "vit")
+    client.delete_run(run_id)
+    track.log_final(run_id, {"complexity/params_m": 1.0})
+    assert run_id in caplog.text
+    assert track.start_run(experiment, "vit", resume=run_id) != run_id
+
+
+def test_other_failures_are_not_hidden(client: MlflowClient, experiment: config.Experiment) -> None:
+    run_id = track.start_run(experiment, "vit")
+    with pytest.raises(Exception, match="Invalid value|not a valid|name"):
+        track.log_final(run_id, {"not:a$name\n": 1.0})
