@@ -11,15 +11,15 @@ from stages import check, main, report
 
 def run() -> None:
     """Ends with the status of `dvc repro`. Nothing heavy starts when nothing is to do."""
-    config.load()
+    train = config.load().train
     if subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"]).returncode:
         check.run()
-        _reproduce()
+        _reproduce(cpus=train.workers * train.cpus_per_worker)
     report.show()
 
 
-def _reproduce() -> None:
-    with cluster.local(), subprocess.Popen([sys.executable, "-m", "dvc", "repro"]) as dvc:
+def _reproduce(cpus: int) -> None:
+    with cluster.local(cpus), subprocess.Popen([sys.executable, "-m", "dvc", "repro"]) as dvc:
         try:
             status = dvc.wait()
         except KeyboardInterrupt:  # the terminal sent it to DVC as well, which ends the stage under way
