@@ -162,7 +162,7 @@ def _scan(source: Path) -> tuple[dict[str, list[_Image]], list[str], list[str]]:
                 # For WebDataset a key ends at the first dot of the file's name.
                 key = f"{split}/{folder}/{stem.replace('.', '_')}"
                 if key in images:
-                    raise SourceError(f"{source / name} and {images[key].name} share a key, {key}: rename one")
+                    raise SourceError(f"{source / name}: {images[key].name} has the key {key} too: rename")
                 images[key] = _Image(name, key, label)
         if not images:
             raise SourceError(f"no images in {source / split}: they must lie in {source / split}/<class>/")

@@ -9,11 +9,12 @@ from stages import main, prepare
 
 
 def run() -> None:
-    from pipeline import shard
-
     experiment = config.load()
     data = experiment.data
     prepare.ensure(data)
+
+    from pipeline import shard
+
     manifest = shard.write_shards(
         data.source, data.shards, images_per_shard=data.images_per_shard, seed=experiment.seed
     )
