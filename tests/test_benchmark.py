@@ -1,0 +1,128 @@
+"""Throughput: the protocol, not the speed."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from flopeq import benchmark
+from flopeq.benchmark import PAPER, Throughput, can_compile, gain, protocol_for, throughput
+
+
+class Recorder(nn.Module):
+    """Writes its name into a shared list at every pass, and takes its time."""
+
+    def __init__(self, name: str, passes: list[str], pause_s: float = 0.0) -> None:
+        super().__init__()
+        self.name, self.passes, self.pause_s = name, passes, pause_s
+        self.seen: dict[str, object] = {}
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.passes.append(self.name)
+        time.sleep(self.pause_s)
+        self.seen = {
+            "shape": tuple(images.shape),
+            "training": self.training,
+            "grad": torch.is_grad_enabled(),
+            "autocast": torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None,
+        }
+        return images
+
+
+def of(models, **changes):
+    """Measures eager models on the CPU."""
+    protocol = {"batch_size": 2, "warmup": 1, "runs": 3, "dtype": torch.float32, "compile": False}
+    return throughput(models, image_size=(3, 4, 4), device="cpu", **(protocol | changes))
+
+
+def measured(*seconds: float, batch_size: int = 6) -> Throughput:
+    return Throughput("cpu", "float32", batch_size, False, seconds, None)
+
+
+def test_timed_passes_alternate_over_the_models():
+    passes: list[str] = []
+    of({name: Recorder(name, passes) for name in "ab"})
+    assert passes == ["a"] * 2 + ["b"] * 2 + ["a", "b"] * 3
+
+
+def test_passes_see_the_batch_in_evaluation_mode_without_gradients():
+    model = Recorder("a", [])
+    [result] = of({"a": model}).values()
+    assert model.seen == {"shape": (2, 3, 4, 4), "training": False, "grad": False, "autocast": None}
+    assert (result.device, result.dtype, result.batch_size, result.runs) == ("cpu", "float32", 2, 3)
+    assert result.peak_mem_mb is None and not result.compiled
+
+
+def test_a_lower_precision_is_autocast():
+    model = Recorder("a", [])
+    [result] = of({"a": model}, dtype=torch.bfloat16).values()
+    assert model.seen["autocast"] == torch.bfloat16
+    assert result.dtype == "bfloat16"
+
+
+def test_the_slower_model_is_found():
+    passes: list[str] = []
+    results = of({"slow": Recorder("slow", passes, 0.02), "fast": Recorder("fast", passes, 0.005)})
+    assert gain(of=results["fast"], over=results["slow"]) > 2
+    assert results["slow"].img_per_s < 2 / 0.02
+
+
+def test_figures_are_medians_of_the_passes():
+    result = measured(1.0, 2.0, 3.0, 4.0, 100.0)
+    assert result.img_per_s == 2.0
+    assert result.img_per_s_quartiles == (1.5, 3.0)
+    assert measured(2.0).img_per_s_quartiles == (3.0, 3.0)
+
+
+def test_the_gain_is_the_median_of_neighbouring_passes():
+    # The machine is three times slower in the last pass: that must not show.
+    assert gain(of=measured(1.0, 1.0, 3.0), over=measured(2.0, 2.0, 6.0)) == 2.0
+
+
+def test_without_a_compiler_it_says_so_and_runs_eager(monkeypatch, caplog):
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    assert not can_compile("cpu")
+    with caplog.at_level(logging.WARNING):
+        [result] = of({"a": Recorder("a", [])}, compile=True).values()
+    assert not result.compiled
+    assert "C++ compiler" in caplog.text
+
+
+@pytest.mark.skipif(not can_compile("cpu"), reason="needs a C++ compiler")
+def test_many_models_of_one_class_are_all_compiled():
+    counter = {}
+
+    def count(graph, example_inputs):
+        counter["graphs"] = counter.get("graphs", 0) + 1
+        return graph.forward
+
+    models = {str(width): nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU()) for width in range(1, 13)}
+    compile_with_inductor = torch.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda model, mode: compile_with_inductor(model, backend=count))
+        results = of(models, compile=True)
+    assert all(result.compiled for result in results.values())
+    assert counter["graphs"] == len(models)
+
+
+def test_the_protocol_on_a_gpu_is_the_papers():
+    assert protocol_for("cuda") is PAPER
+    assert (PAPER.batch_size, PAPER.warmup, PAPER.runs, PAPER.dtype) == (64, 10, 100, torch.float16)
+    assert protocol_for("cpu").dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_memory_is_that_of_one_model_alone():
+    def models():
+        return {name: nn.Sequential(nn.Flatten(), nn.Linear(48, 1024 * 1024)) for name in "ab"}
+
+    protocol = {"image_size": (3, 4, 4), "batch_size": 2, "warmup": 1, "runs": 2, "device": "cuda"}
+    results = throughput(models(), dtype=torch.float32, compile=False, **protocol)
+    weights_mb = 49 * 1024 * 1024 * 4 / benchmark.MIB
+    for result in results.values():
+        assert weights_mb < result.peak_mem_mb < 1.5 * weights_mb
