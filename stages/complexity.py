@@ -1,0 +1,38 @@
+"""Counts parameters and operations per image of every run's model: reports/complexity.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline import config
+from stages import main
+
+OUT = Path("reports/complexity.json")
+
+
+def run() -> None:
+    from flopeq.build import build
+    from flopeq.flops import complexity
+    from pipeline import track
+    from pipeline.data import Shards
+
+    experiment = config.load()
+    size = (3, experiment.data.image_size, experiment.data.image_size)
+    num_classes = Shards(experiment.data.shards).num_classes
+    rows = []
+    for name, described in experiment.models.items():
+        model = build(described.model, device="meta", num_classes=num_classes, **described.args)
+        counted = complexity(model, size)
+        rows.append({"run": name, "model": described.model, **asdict(counted)})
+        track.log_final(
+            track.run_id(name),
+            {"complexity/params_m": counted.params / 1e6, "complexity/gflops": counted.flops / 1e9},
+        )
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,55 @@
+"""Measures forward throughput and peak memory of all runs' models, alternating: reports/throughput.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from pipeline import config
+from stages import main
+
+OUT = Path("reports/throughput.json")
+
+
+def run() -> None:
+    import torch
+
+    from flopeq.benchmark import throughput
+    from flopeq.build import build
+    from pipeline import track
+    from pipeline.data import Shards
+
+    experiment = config.load()
+    wanted, side = experiment.throughput, experiment.data.image_size
+    num_classes = Shards(experiment.data.shards).num_classes
+    on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
+    models = {
+        name: build(run.model, num_classes=num_classes, **run.args) for name, run in experiment.models.items()
+    }
+    results = throughput(
+        models,
+        image_size=(3, side, side),
+        batch_size=wanted.batch_size,
+        warmup=wanted.warmup,
+        runs=wanted.runs,
+        dtype=getattr(torch, wanted.dtype),
+        compile=wanted.compile,
+        device="cuda" if on_gpu else "cpu",
+    )
+    rows = []
+    for name, result in results.items():
+        row = {"run": name, "model": experiment.models[name].model}
+        kept = ("device", "dtype", "batch_size", "img_per_s", "peak_mem_mb", "compiled")
+        rows.append(row | {key: getattr(result, key) for key in kept})
+        logging.info("%s: %.0f images/s on %s", name, result.img_per_s, result.device)
+        track.log_final(
+            track.run_id(name),
+            {"perf/forward_img_per_s": result.img_per_s, "perf/peak_mem_mb": result.peak_mem_mb},
+        )
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(run)
