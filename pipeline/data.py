@@ -122,7 +122,7 @@ class IndexedImages(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
         jpeg = torch.frombuffer(bytearray(self.jpeg(row)), dtype=torch.uint8)
-        try:  # deprecated by torchvision; PIL's takes 1.5 (photos) to 2.2 (digits) times as long (1 core, x86)
+        try:  # deprecated by torchvision; PIL's takes 1.5 (photos) to 2.2 (digits) times as long (1 core)
             image = decode_jpeg(jpeg, mode=ImageReadMode.RGB)
         except RuntimeError as error:
             path = self.shards.folder / self._names[self._shard[row]]
