@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product, zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)",
 MARKERS = {"X": "o", "E": "^", "H": "s", None: "D"}
 DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), None: "-."}
 VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", None: "other"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
