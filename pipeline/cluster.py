@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 PROBE_S = 5.0
 _OBJECT_STORE_BYTES = 200_000_000  # nothing large goes through it: images are read from the shards
 
-# Read by Ray's processes when they start, and by the driver. A value that the user has set stays.
-_QUIET_AND_QUICK = {
+# Read by Ray's processes and by the driver; a value that the user has set stays.
+_DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # start-up of a run 24 s -> 18 s on 2 cores
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU: as Ray will have it, without its warning
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin make 2 threads 20 times slower on 2 busy cores
 }
 
 
@@ -32,51 +34,54 @@ def connect(cpus: int = 1) -> None:
         cpus: cores that a cluster of our own must offer at least.
     Raises: ClusterError within 15 s when RAY_ADDRESS does not answer.
     """
+    os.environ.update({**_DEFAULTS, **os.environ})
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
+    if address == "local":
+        _start(cpus)
+        return
+    probe(address)
     import ray
 
-    if ray.is_initialized():
-        return
-    os.environ.update({**_QUIET_AND_QUICK, **os.environ})
-    if os.environ.get("RAY_ADDRESS", "local") == "local":
-        _start(cpus)
-    else:
-        probe(os.environ["RAY_ADDRESS"])
-        ray.init(logging_level=logging.WARNING)
+    ray.init(log_to_driver=False, logging_level=logging.WARNING)
 
 
 @contextmanager
 def local(cpus: int = 1) -> Iterator[None]:
     """One local cluster for everything started inside, by way of RAY_ADDRESS, unless that names one already."""
-    if "RAY_ADDRESS" in os.environ:
-        probe(os.environ["RAY_ADDRESS"])
+    if address := os.environ.get("RAY_ADDRESS"):
+        probe(address)
         yield
         return
-    import ray
-
     before = dict(os.environ)
-    os.environ.update({**_QUIET_AND_QUICK, **os.environ})
+    os.environ.update({**_DEFAULTS, **os.environ})
     try:
         os.environ["RAY_ADDRESS"] = _start(cpus)
         yield
     finally:
-        ray.shutdown()
+        sys.modules["ray"].shutdown()
         os.environ.clear()
         os.environ.update(before)
 
 
 def _start(cpus: int) -> str:
-    """Starts a head on the loopback interface; its processes end with this one, however this one ends."""
+    """Starts a head for this process and its children; it ends with this process, however that ends."""
+    # Ray listens on every interface, even told 127.0.0.1: only who inherits this token is let in. Ray reads the
+    # mode once, when it is imported; a process that has it already keeps the mode it was imported with.
+    if "ray" in sys.modules:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    else:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    # A cluster of one user on one machine: a token left by another cluster must not lock it.
-    os.environ["RAY_AUTH_MODE"] = "disabled"
     context = ray.init(
         address="local",
         num_cpus=max(cpus, os.cpu_count() or 1),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
+        log_to_driver=False,  # the driver tells what there is to tell; the rest is in Ray's own log files
         logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
     )
     return context.address_info["gcs_address"]
 

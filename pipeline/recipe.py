@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -13,32 +12,25 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import flopeq  # noqa: F401  (registers its models in timm)
-from pipeline.config import ConfigError, Recipe, nearest
+from flopeq.build import build
+from pipeline.config import ConfigError, Recipe, Run
 
 
-def model(name: str, args: dict[str, Any], recipe: Recipe, *, num_classes: int, seed: int) -> nn.Module:
-    """A fresh model, its weights a function of the seed alone (torch's global generator is left as it was).
+def model(run: Run, recipe: Recipe, *, num_classes: int, seed: int, device: str = "cpu") -> nn.Module:
+    """A fresh model, its weights a function of the seed alone; torch's global generator is left as it was.
 
-    Raises: ConfigError for a name that timm does not know, and for arguments that its model refuses.
+    Raises: ModelError for a model or an argument that does not exist.
     """
-    if not timm.is_model(name):
-        raise ConfigError(f"unknown model {name!r}{nearest(name, timm.list_models())}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        try:
-            return timm.create_model(name, num_classes=num_classes, drop_path_rate=recipe.drop_path, **args)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise ConfigError(f"model {name} with {args}: {error}") from error
+        return build(run.model, device=device, num_classes=num_classes, drop_path_rate=recipe.drop_path, **run.args)
 
 
 def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer over timm's parameter groups: no weight decay on biases, norms and `no_weight_decay`."""
     # timm's LAMB clips the global norm at 1 on its own account; here clip_grad_norm alone says so.
-    own = {"max_grad_norm": None} if recipe.optimizer == "lamb" else {}
-    return create_optimizer_v2(
-        model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **own
-    )
+    own: dict[str, Any] = {"max_grad_norm": None} if recipe.optimizer == "lamb" else {}
+    return create_optimizer_v2(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, **own)
 
 
 def scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
@@ -62,7 +54,7 @@ def loss(recipe: Recipe) -> nn.Module:
     if recipe.loss == "ce":
         return SoftTargetCrossEntropy()
     if recipe.label_smoothing:
-        raise ConfigError("loss: bce counts every class of a target above 0 as 1, so that label_smoothing must be 0")
+        raise ConfigError("loss: bce counts every class of a target above 0 as 1: set label_smoothing to 0")
     return BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
 
 

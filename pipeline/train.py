@@ -14,10 +14,8 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,13 +31,12 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from safetensors.torch import load_file, save_file
 
 import flopeq
-from pipeline import cluster, data, loop, recipe
+from pipeline import cluster, data, journal, loop, recipe
 from pipeline.config import ConfigError, Experiment
 
 logger = logging.getLogger(__name__)
 
 HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
-_FOLLOW_S = 0.2
 _CODE = ("augment", "data", "loop", "recipe")
 _UNFELT = {"keep_checkpoints", "loader_workers"}  # of `train`: what leaves the weights as they are
 
@@ -55,7 +52,7 @@ def train(experiment: Experiment, run_name: str) -> None:
     num_classes = len(shards.classes)
     _check(experiment, run_name, num_classes)
     cluster.connect(cpus=settings.workers * settings.cpus_per_worker)
-    gpu = _use_gpu(experiment)
+    gpu = _gpu(experiment)
     place = _Place.of(experiment, run_name, fingerprint(configuration, experiment.data.shards))
     note = place.take_up()
 
@@ -65,7 +62,7 @@ def train(experiment: Experiment, run_name: str) -> None:
     place.write(mlflow_run_id, "running")
     status = "interrupted"
     try:
-        with _following(run_name, mlflow_run_id, experiment.recipe(run_name).epochs) as journal:
+        with journal.following(_telling(experiment, run_name, mlflow_run_id)) as callback:
             result = TorchTrainer(
                 _work,
                 train_loop_config={"experiment": experiment, "run": run_name, "root": str(Path.cwd())},
@@ -79,7 +76,7 @@ def train(experiment: Experiment, run_name: str) -> None:
                     storage_path=place.storage,
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
                     failure_config=ray.train.FailureConfig(max_failures=2),
-                    callbacks=[journal],
+                    callbacks=[callback],
                 ),
             ).fit()
         outcome = result.return_value
@@ -141,25 +138,28 @@ def _check(experiment: Experiment, run_name: str, num_classes: int) -> None:
     batch, workers = experiment.recipe(run_name).global_batch_size, experiment.train.workers
     if batch % workers:
         raise ConfigError(f"global_batch_size {batch} does not divide over train.workers {workers}")
-    with torch.device("meta"):
-        _model(experiment, run_name, num_classes)
+    _model(experiment, run_name, num_classes, device="meta")
+    recipe.loss(experiment.recipe(run_name))
 
 
-def _use_gpu(experiment: Experiment) -> bool:
-    settings = experiment.train
-    has = ray.cluster_resources().get("GPU", 0)
-    gpu = has > 0 if settings.gpu == "auto" else settings.gpu
-    if gpu and has < settings.workers:
-        raise cluster.ClusterError(f"train.workers {settings.workers} with a GPU each, but the cluster has {has:.0f}")
+def _gpu(experiment: Experiment) -> bool:
+    """Whether each worker gets a GPU. Raises ClusterError for a cluster too small, on which Ray would wait."""
+    settings, has = experiment.train, ray.cluster_resources()
+    gpu = has.get("GPU", 0) > 0 if settings.gpu == "auto" else settings.gpu
+    for kind, needed in (("CPU", settings.workers * settings.cpus_per_worker), ("GPU", settings.workers * gpu)):
+        if has.get(kind, 0) < needed:
+            raise cluster.ClusterError(
+                f"train.workers {settings.workers} x train.cpus_per_worker {settings.cpus_per_worker} needs {needed} "
+                f"{kind}s, but the Ray cluster has {has.get(kind, 0):.0f}: lower them, or unset RAY_ADDRESS"
+            )
     if settings.amp == "fp16" and not gpu:
         raise ConfigError("train.amp: fp16 needs a GPU; on CPU use bf16 or off")
     return gpu
 
 
-def _model(experiment: Experiment, run_name: str, num_classes: int) -> torch.nn.Module:
-    run = experiment.run(run_name)
-    return recipe.model(run.model, run.args, experiment.recipe(run_name), num_classes=num_classes,
-                        seed=experiment.seed_of(run_name))
+def _model(experiment: Experiment, run_name: str, num_classes: int, device: str = "cpu") -> torch.nn.Module:
+    return recipe.model(experiment.run(run_name), experiment.recipe(run_name), num_classes=num_classes,
+                        seed=experiment.seed_of(run_name), device=device)
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
@@ -234,56 +234,23 @@ def _all_reduce(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-class _Journal(ray.train.UserCallback):
-    """Hands the epochs from Ray's controller, which works on the driver's node, to the driver, as lines of a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(metrics[0]) + "\n")
-
-
-@contextmanager
-def _following(run_name: str, mlflow_run_id: str, epochs: int) -> Iterator[_Journal]:
-    """A journal; while the context lasts, a thread prints and tracks every epoch written to it."""
+def _telling(experiment: Experiment, run_name: str, mlflow_run_id: str) -> Callable[[dict[str, Any]], None]:
+    """What to do with every epoch's metrics: a line for people, MLflow for the rest."""
     from pipeline import track
 
-    with tempfile.TemporaryDirectory() as folder:
-        path, ended = Path(folder, "epochs.jsonl"), threading.Event()
-        path.touch()
+    epochs, first = experiment.recipe(run_name).epochs, []
 
-        def follow() -> None:
-            first: tuple[int, float] | None = None
-            with path.open() as file:
-                last = False
-                while not last:
-                    last = ended.wait(_FOLLOW_S)
-                    for line in file:
-                        row, now = json.loads(line), time.monotonic()
-                        first = first or (row["epoch"], now)
-                        _progress(run_name, row, epochs, first, now)
-                        track.log_epoch(mlflow_run_id, row, int(row["epoch"]))
+    def tell(row: dict[str, Any]) -> None:
+        now, epoch = time.monotonic(), row["epoch"]
+        first[:] = first or [epoch, now]
+        eta = "" if epoch <= first[0] else f"  ETA {(now - first[1]) / (epoch - first[0]) * (epochs - epoch - 1):.0f} s"
+        logger.info(
+            "%s  epoch %d/%d  lr %.2e  loss %.4f  top-1 %.2f %%  %.0f img/s%s", run_name, epoch + 1, epochs,
+            row["lr"], row["train/loss"], row["val/top1_pct"], row["perf/img_per_s"], eta,
+        )
+        track.log_epoch(mlflow_run_id, row, epoch)
 
-        follower = threading.Thread(target=follow, daemon=True)
-        follower.start()
-        try:
-            yield _Journal(path)
-        finally:
-            ended.set()
-            follower.join()
-
-
-def _progress(run_name: str, row: dict[str, Any], epochs: int, first: tuple[int, float], now: float) -> None:
-    done = row["epoch"] + 1
-    eta = "" if row["epoch"] == first[0] else (
-        f"  ETA {(now - first[1]) / (row['epoch'] - first[0]) * (epochs - done):.0f} s"
-    )
-    logger.info(
-        "%s  epoch %d/%d  lr %.2e  loss %.4f  top-1 %.2f %%  %.0f img/s%s",
-        run_name, done, epochs, row["lr"], row["train/loss"], row["val/top1_pct"], row["perf/img_per_s"], eta,
-    )
+    return tell
 
 
 def _write_outputs(

@@ -9,9 +9,12 @@ from stages import main
 def run(run_name: str) -> None:
     experiment = config.load()
     experiment.run(run_name)
-    from pipeline import shard, train
+    from pipeline import cluster, shard
 
     shard.verify(experiment.data.shards)
+    cluster.connect(cpus=experiment.train.workers * experiment.train.cpus_per_worker)
+    from pipeline import train  # imports Ray, which `connect` wants to do first
+
     train.train(experiment, run_name)
 
 
