@@ -75,7 +75,7 @@ def _start(cpus: int) -> str:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    context = ray.init(
+    ray.init(
         address="local",
         num_cpus=max(cpus, os.cpu_count() or 1),
         object_store_memory=_OBJECT_STORE_BYTES,
@@ -83,7 +83,7 @@ def _start(cpus: int) -> str:
         log_to_driver=False,  # the driver tells what there is to tell; the rest is in Ray's own log files
         logging_level=logging.WARNING,
     )
-    return context.address_info["gcs_address"]
+    return ray.get_runtime_context().gcs_address
 
 
 def probe(address: str) -> None:

@@ -46,6 +46,7 @@ def scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch:
         step_on_epochs=recipe.schedule_step == "epoch",
         updates_per_epoch=steps_per_epoch,
     )
+    assert schedule is not None  # timm has none only for the schedule "none"
     return schedule
 
 

@@ -63,7 +63,7 @@ def train(experiment: Experiment, run_name: str) -> None:
     status = "interrupted"
     try:
         with journal.following(_telling(experiment, run_name, mlflow_run_id)) as callback:
-            result = TorchTrainer(
+            result = _Trainer(
                 _work,
                 train_loop_config={"experiment": experiment, "run": run_name, "root": str(Path.cwd())},
                 scaling_config=ray.train.ScalingConfig(
@@ -80,6 +80,7 @@ def train(experiment: Experiment, run_name: str) -> None:
                 ),
             ).fit()
         outcome = result.return_value
+        assert outcome is not None  # of rank 0, whose function ended: `fit` has raised otherwise
         status = outcome["status"]
         _write_outputs(Path("outputs") / run_name, configuration, outcome, place, mlflow_run_id, result.checkpoint,
                        initial=lambda: _model(experiment, run_name, num_classes))
@@ -90,10 +91,15 @@ def train(experiment: Experiment, run_name: str) -> None:
         track.finish(mlflow_run_id, status)
 
 
+class _Trainer(TorchTrainer):
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray's handler may exit with status 0. Python's ends the driver, and with it Ray's job."""
+
+
 def fingerprint(configuration: Mapping[str, Any], shards: Path) -> str:
-    """A hash of all that the final weights are a function of: configuration, data, code, torch and timm."""
+    """A hash of all that the final weights are a function of: configuration, data, code, packages."""
     felt = {key: value for key, value in configuration["train"].items() if key not in _UNFELT}
-    versions = [version("torch"), version("timm")]
+    versions = [version(package) for package in ("ray", "timm", "torch")]
     digest = hashlib.sha256(json.dumps([{**configuration, "train": felt}, versions], sort_keys=True).encode())
     here = Path(__file__).parent
     code = sorted(Path(flopeq.__file__).parent.glob("*.py")) + [here / f"{module}.py" for module in _CODE]
@@ -120,8 +126,8 @@ class _Place:
         """The note of an unfinished training of this configuration; all else that lies here is removed."""
         path = self.notes / self.fingerprint / "run.json"
         note = json.loads(path.read_text()) if path.is_file() else {}
-        keep = note.get("status") == "running"
         filesystem, root = pyarrow.fs.FileSystem.from_uri(self.storage)
+        keep = note.get("status") == "running" and _restorable(filesystem, f"{root}/{self.fingerprint}")
         for kept, folder in ((keep, root), (keep, str(self.notes))):
             system = filesystem if folder == root else pyarrow.fs.LocalFileSystem()
             for entry in system.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True)):
@@ -131,6 +137,20 @@ class _Place:
 
     def write(self, mlflow_run_id: str, status: str) -> None:
         _write_json(self.notes / self.fingerprint / "run.json", {"mlflow_run_id": mlflow_run_id, "status": status})
+
+
+def _restorable(filesystem: pyarrow.fs.FileSystem, folder: str) -> bool:
+    """Whether Ray can read its own notes there: it writes them in place, and a kill may have cut them."""
+    path = f"{folder}/checkpoint_manager_snapshot.json"
+    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
+        return True
+    with filesystem.open_input_stream(path) as file:
+        try:
+            json.loads(file.read())
+        except ValueError:
+            logger.warning("%s was cut when the training was interrupted: it starts over", path)
+            return False
+    return True
 
 
 def _check(experiment: Experiment, run_name: str, num_classes: int) -> None:
@@ -218,7 +238,9 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     return {"status": status, "message": message, "history": training.history, "best_epoch": training.best.epoch}
 
 
-def _forward(model: torch.nn.Module, device: torch.device, *, compile: bool, world_size: int) -> torch.nn.Module:
+def _forward(
+    model: torch.nn.Module, device: torch.device, *, compile: bool, world_size: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """The model as training calls it: under DDP when there are several workers, compiled when that is asked for."""
     if world_size > 1:
         model = prepare_model(model, move_to_device=False)

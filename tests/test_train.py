@@ -85,7 +85,8 @@ def test_a_killed_training_goes_on_to_the_weights_of_an_uninterrupted_one(place)
     resumed, found = load_file("outputs/vit/weights.safetensors"), note()
     assert found["mlflow_run_id"] == begun["mlflow_run_id"]
     assert found["status"] == "finished" and fingerprints() == [found["fingerprint"]]
-    assert [row["epoch"] for row in csv.DictReader(open("outputs/vit/history.csv"))] == list("012345")
+    with open("outputs/vit/history.csv", newline="") as history:
+        assert [row["epoch"] for row in csv.DictReader(history)] == list("012345")
     last = next(Path("outputs/vit/checkpoints").glob("*/epoch-0006/state.pt"))
     state = torch.load(last, weights_only=True)["model"]
 
