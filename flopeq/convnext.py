@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates
 from timm.layers.weight_init import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -16,7 +16,15 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, change_basis
-from flopeq.layers import FlopDepthwiseConv, FlopGELU, FlopLayerNorm, FlopMlp, FlopPatchConv, check_patch_width
+from flopeq.layers import (
+    FlopDepthwiseConv,
+    FlopGELU,
+    FlopLayerNorm,
+    FlopMlp,
+    FlopPatchConv,
+    check_patch_width,
+    pair,
+)
 from flopeq.variants import FlopHead, baseline_of, check_num_flop_blocks, default_split, register, untrained_cfgs
 
 __all__ = ["ConvNeXtIso"]
@@ -32,7 +40,7 @@ class FlopConvNeXtBlock(ConvNeXtBlock):
     """
 
     def __init__(self, channels: int, ls_init_value: float | None, drop_path: float, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             channels, norm_layer=FlopLayerNorm, ls_init_value=ls_init_value, drop_path=drop_path, mlp_ratio=1, **dd
         )
@@ -88,7 +96,7 @@ class ConvNeXtIso(FlopHead, nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_num_flop_blocks(num_flop_blocks, depth)
         self._check_pool(global_pool)
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
@@ -96,7 +104,7 @@ class ConvNeXtIso(FlopHead, nn.Module):
         self.num_flop_blocks = num_flop_blocks
         self.grad_checkpointing = False
         if num_flop_blocks:
-            check_patch_width(to_2tuple(img_size)[1], to_2tuple(patch_size)[1])
+            check_patch_width(pair(img_size)[1], pair(patch_size)[1])
             self.stem = FlopPatchConv(in_chans, embed_dim, patch_size, scale=SQRT_HALF, **dd)
         else:
             self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **dd)
@@ -108,7 +116,7 @@ class ConvNeXtIso(FlopHead, nn.Module):
             )
         )
         self.feature_info = [
-            {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": max(to_2tuple(patch_size))}
+            {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": max(pair(patch_size))}
             for index in range(depth)
         ]
         self.head_drop = nn.Dropout(drop_rate)
@@ -133,22 +141,18 @@ class ConvNeXtIso(FlopHead, nn.Module):
         if global_pool not in ("", "avg"):
             raise ValueError(f"global_pool={global_pool!r} is unknown: use 'avg', or '' for none")
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names by layer, for timm's layer-wise learning rates."""
         return {"stem": r"^stem", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides biases, norms and LayerScales."""
         return set()
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The linear classifier, or nn.Identity where there is none."""
         return self.head

@@ -5,12 +5,13 @@ Shape suffixes: B batch, N tokens, C channels, H W grid, h heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed, to_2tuple, use_fused_attn
+from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed, use_fused_attn
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class FlopLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, outer = half(in_features, "in_features"), half(out_features, "out_features")
         self.even = nn.Linear(inner, outer, bias=bias, **dd)
         self.odd = nn.Linear(inner, outer, bias=False, **dd)
@@ -102,7 +103,7 @@ class FlopMlp(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         hidden_features = hidden_features or in_features
         self.fc1 = FlopLinear(in_features, hidden_features, bias=bias, **dd)
         self.act = act_layer()
@@ -140,7 +141,7 @@ class FlopAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if dim % (2 * num_heads):
             raise ValueError(
                 f"embed_dim={dim} does not give each of {num_heads} heads an even and an odd half: "
@@ -178,6 +179,12 @@ class FlopAttention(nn.Module):
         return f"{self.num_heads} heads of {self.head_dim // 2}e+{self.head_dim // 2}o"
 
 
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that is given as one number or as two."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def mirrored(half_kernel: Tensor, width: int, sign: int) -> Tensor:
     """A (anti)symmetric kernel from its left part: (..., kh, ceil(width/2)) -> (..., kh, width) for sign +1.
 
@@ -192,7 +199,7 @@ def mirrored(half_kernel: Tensor, width: int, sign: int) -> Tensor:
 
 
 class FlopPatchConv(nn.Module):
-    """Convolution of an image by symmetric kernels, giving even channels, and antisymmetric ones, giving odd (sec. 3.2).
+    """Convolution by symmetric kernels, giving even channels, and antisymmetric ones, giving odd (sec. 3.2).
 
     Kernel and stride are equal, so the image is cut into patches. `scale` multiplies the result: the authors'
     ViT and ConvNeXt have 1/sqrt 2 there.
@@ -213,9 +220,9 @@ class FlopPatchConv(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         outer = half(out_channels, "embed_dim")
-        height, width = self.kernel_size = to_2tuple(kernel_size)
+        height, width = self.kernel_size = pair(kernel_size)
         self.in_channels, self.out_channels, self.scale = in_channels, out_channels, scale
         self.even = nn.Parameter(torch.empty(outer, in_channels, height, width - width // 2, **dd))
         self.odd = nn.Parameter(torch.empty(outer, in_channels, height, width // 2, **dd))
@@ -238,7 +245,7 @@ class FlopPatchConv(nn.Module):
     @torch.no_grad()
     def set_kernel(self, kernel: Tensor) -> None:
         """Takes the left parts of a whole kernel, whatever its size, as the new parameters."""
-        self.kernel_size = tuple(kernel.shape[-2:])
+        self.kernel_size = pair(kernel.shape[-2:])
         width = self.kernel_size[1]
         even, odd = split(kernel, dim=0)
         self.even = nn.Parameter(even[..., : width - width // 2].clone(), requires_grad=self.even.requires_grad)
@@ -270,7 +277,8 @@ class FlopPatchEmbed(PatchEmbed):
     Raises: ValueError as `FlopPatchConv` does, and for `dynamic_img_pad`, which pads on one side.
     """
 
-    proj: nn.Module
+    proj: FlopPatchConv  # pyright: ignore[reportIncompatibleVariableOverride]
+    patch_size: tuple[int, int]
 
     def __init__(
         self,
@@ -285,25 +293,25 @@ class FlopPatchEmbed(PatchEmbed):
         dtype=None,
         **kwargs,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if dynamic_img_pad:
             raise ValueError("dynamic_img_pad pads on the right only, which breaks the mirror symmetry")
         if img_size is not None:
-            check_patch_width(to_2tuple(img_size)[1], to_2tuple(patch_size)[1])
-        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **dd, **kwargs)
+            check_patch_width(pair(img_size)[1], pair(patch_size)[1])
+        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **dd, **kwargs)  # pyright: ignore[reportArgumentType]
         self.proj = FlopPatchConv(in_chans, embed_dim, patch_size, bias=bias, scale=scale, **dd)
 
     def set_input_size(self, img_size=None, patch_size=None) -> None:
         """Changes the image or the patch size; kernels are resampled as timm does, and stay symmetric."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            self.patch_size = to_2tuple(patch_size)
+        if patch_size is not None and pair(patch_size) != self.patch_size:
+            self.patch_size = pair(patch_size)
             self.proj.set_kernel(resample_patch_embed(self.proj.kernel(), list(self.patch_size)))
         self.img_size, self.grid_size, self.num_patches = self._init_img_size(img_size or self.img_size)
-        check_patch_width(self.img_size[1], self.patch_size[1])
+        check_patch_width(pair(self.img_size)[1], self.patch_size[1])
 
 
 class FlopPosEmbed(nn.Module):
-    """Position embedding that is symmetric about the middle column in even channels and antisymmetric in odd (sec. 4.2).
+    """Position embedding, symmetric about the middle column in even channels, antisymmetric in odd (sec. 4.2).
 
     Only the left part is stored: `even` (H, ceil(W/2), C/2) and `odd` (H, floor(W/2), C/2), since in the middle
     column of an odd grid odd channels vanish.
@@ -315,7 +323,7 @@ class FlopPosEmbed(nn.Module):
         super().__init__()
         height, width = grid_size
         channels = half(num_channels, "embed_dim")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.even = nn.Parameter(torch.empty(height, width - width // 2, channels, **dd))
         self.odd = nn.Parameter(torch.empty(height, width // 2, channels, **dd))
         self.init_weights()
@@ -373,7 +381,7 @@ class FlopDepthwiseConv(nn.Module):
             )
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size} has no middle column: use an odd size")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         quarter = num_channels // 4
         self.num_channels, self.kernel_size = num_channels, kernel_size
 

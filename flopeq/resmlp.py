@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, to_2tuple
+from timm.layers import DropPath
 from timm.layers.activations import quick_gelu
 from timm.models import build_model_with_cfg
 from timm.models._features import feature_take_indices
@@ -25,7 +25,7 @@ from timm.models.mlp_mixer import checkpoint_filter_fn as mixer_filter_fn
 from torch import Tensor, nn
 
 from flopeq.irreps import change_basis, half, join, split
-from flopeq.layers import FlopPatchEmbed
+from flopeq.layers import FlopPatchEmbed, pair
 from flopeq.variants import FlopHead, baseline_of, check_num_flop_blocks, default_split, register, untrained_cfgs
 
 __all__ = ["FlopMlpMixer"]
@@ -64,7 +64,9 @@ class ColumnParity:
         """(channel, column) parities: even-even, even-odd, odd-even, odd-odd; (B, num_even or num_odd, C/2) each."""
         even, odd = split(x_BNC)
         sizes = [self.num_even, self.num_odd]
-        return *even.split(sizes, dim=1), *odd.split(sizes, dim=1)
+        ee, eo = even.split(sizes, dim=1)
+        oe, oo = odd.split(sizes, dim=1)
+        return ee, eo, oe, oo
 
     def join(self, ee: Tensor, eo: Tensor, oe: Tensor, oo: Tensor) -> Tensor:
         """The inverse of `split`."""
@@ -176,7 +178,7 @@ class FlopResBlock(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = BiparityAffine(dim, columns, **dd)
         self.linear_tokens = TokenMixing(columns, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -239,9 +241,9 @@ class FlopMlpMixer(FlopHead, MlpMixer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         half(embed_dim, "embed_dim")
-        height, width = (side // patch for side, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True))
+        height, width = (side // patch for side, patch in zip(pair(img_size), pair(patch_size), strict=True))
         columns = ColumnParity((height, width))
         depth = itertools.count()
 
@@ -257,12 +259,12 @@ class FlopMlpMixer(FlopHead, MlpMixer):
 
         super().__init__(
             num_classes=num_classes,
-            img_size=img_size,
+            img_size=img_size,  # pyright: ignore[reportArgumentType]
             in_chans=in_chans,
-            patch_size=patch_size,
+            patch_size=patch_size,  # pyright: ignore[reportArgumentType]
             num_blocks=num_blocks,
             embed_dim=embed_dim,
-            block_layer=block,
+            block_layer=block,  # pyright: ignore[reportArgumentType]
             norm_layer=Affine,
             **dd,
             **kwargs,

@@ -70,7 +70,7 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         half(embed_dim, "embed_dim")
         if global_pool in ("map", "prr"):
             raise ValueError(f"global_pool={global_pool!r} is not equivariant: use 'token', 'avg', 'max' or 'avgmax'")
@@ -83,13 +83,13 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
             num_classes=num_classes,
             embed_dim=embed_dim,
             depth=depth,
-            global_pool=global_pool,
+            global_pool=global_pool,  # pyright: ignore[reportArgumentType]
             init_values=init_values,
             no_embed_class=True,
             pos_embed=pos_embed,
             embed_layer=partial(FlopPatchEmbed, scale=SQRT_HALF),
             norm_layer=FlopLayerNorm if equivariant else partial(nn.LayerNorm, eps=1e-6),
-            block_fn=partial(_block, num_flop_blocks),
+            block_fn=partial(_block, num_flop_blocks),  # pyright: ignore[reportArgumentType]
             **dd,
             **kwargs,
         )
@@ -114,7 +114,6 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
         super().init_weights(mode, needs_reset)
         self.pos_embed = pos_embed
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed.even", "pos_embed.odd", "cls_token", "reg_token"}
 
@@ -145,7 +144,7 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Resizes a checkpoint's position embedding to the model's grid; timm calls it when it loads weights."""
     if not isinstance(model, FlopVisionTransformer):
-        return vit_filter_fn(state_dict, model)
+        return vit_filter_fn(state_dict, model)  # pyright: ignore[reportArgumentType]
     if "pos_embed.even" in state_dict and model.pos_embed is not None:
         even, odd = state_dict["pos_embed.even"], state_dict["pos_embed.odd"]
         grid_size = (even.shape[0], even.shape[1] + odd.shape[1])
