@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -74,8 +73,9 @@ def test_a_killed_training_goes_on_to_the_weights_of_an_uninterrupted_one(place)
     for line in process.stdout:
         if "epoch 3/6" in line:
             break
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
+    process.stdout.close()
     assert not Path("outputs/vit/run.json").exists()
     [interrupted] = Path("outputs/vit/checkpoints").glob("*/run.json")
     begun = json.loads(interrupted.read_text())
