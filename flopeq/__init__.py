@@ -1,5 +1,6 @@
 """Networks that commute with horizontal mirroring, at half the FLOPs. Importing registers them in timm."""
 
-from flopeq import convnext, resmlp, vit
+from flopeq import convnext, resmlp, testing, vit
+from flopeq.paper import Table1Row, table1
 
-__all__ = ["convnext", "resmlp", "vit"]
+__all__ = ["Table1Row", "convnext", "resmlp", "table1", "testing", "vit"]

@@ -15,7 +15,7 @@ from timm.models._features import feature_take_indices
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from flopeq.irreps import SQRT_HALF, change_basis
+from flopeq.irreps import SQRT_HALF, change_basis, split
 from flopeq.layers import (
     FlopDepthwiseConv,
     FlopGELU,
@@ -35,7 +35,7 @@ KERNEL_SIZE = 7
 class FlopConvNeXtBlock(ConvNeXtBlock):
     """timm's ConvNeXt block with layers that commute with the flop (eq. 9).
 
-    Shape: (B, C, H, W) -> (B, C, H, W).
+    Shape: (B, C, H, W) -> (B, C, H, W), or the even half, (B, C/2, H, W), with `even_only`.
     Raises: ValueError if C is not a multiple of 4.
     """
 
@@ -46,6 +46,14 @@ class FlopConvNeXtBlock(ConvNeXtBlock):
         )
         self.conv_dw = FlopDepthwiseConv(channels, KERNEL_SIZE, **dd)
         self.mlp = FlopMlp(channels, 4 * channels, act_layer=FlopGELU, **dd)
+
+    def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
+        if not even_only:
+            return super().forward(x)
+        y = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)), even_only=True)
+        if self.gamma is not None:
+            y = y * split(self.gamma)[0]
+        return split(x, dim=1)[0] + self.drop_path(y.permute(0, 3, 1, 2))
 
 
 class EntryBlock(ConvNeXtBlock):
@@ -179,13 +187,18 @@ class ConvNeXtIso(FlopHead, nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(B, C, H, W) -> logits, or with `pre_logits` what the classifier sees."""
-        x = self.invariants(x, dim=1)
+        return self.classify(self.invariants(x, dim=1), pre_logits)
+
+    def classify(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The head on invariant features."""
         if self.global_pool:
             x = self.norm(x.mean((-2, -1)))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.may_skip:
+            return self.classify(self.blocks[-1](self.blocks[:-1](self.stem(x)), even_only=True))
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(

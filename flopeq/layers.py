@@ -86,8 +86,8 @@ class FlopGELU(nn.Module):
 class FlopMlp(nn.Module):
     """Two equivariant linear maps with an equivariant activation between them; stands in for timm's `Mlp`.
 
-    Shape: (..., in_features) -> (..., out_features).
-    Cost: in*hidden/2 + hidden*out/2 multiply-adds per token.
+    Shape: (..., in_features) -> (..., out_features), or (..., out_features/2) with `even_only`.
+    Cost: in*hidden/2 + hidden*out/2 multiply-adds per token; `even_only` saves half of the second product.
     """
 
     def __init__(
@@ -112,8 +112,9 @@ class FlopMlp(nn.Module):
         self.fc2 = FlopLinear(hidden_features, out_features or in_features, bias=bias, **dd)
         self.drop2 = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+    def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
+        hidden = self.norm(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2.even(split(hidden)[0]) if even_only else self.fc2(hidden))
 
 
 class FlopAttention(nn.Module):

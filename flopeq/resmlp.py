@@ -72,6 +72,11 @@ class ColumnParity:
         """The inverse of `split`."""
         return join(torch.cat((ee, eo), dim=1), torch.cat((oe, oo), dim=1))
 
+    def invariants(self, x_BNC: Tensor) -> Tensor:
+        """What the flop leaves alone, even-even tokens, then odd-odd ones; (B, N, C/2)."""
+        ee, _, _, oo = self.split(x_BNC)
+        return torch.cat((ee, oo), dim=1)
+
 
 class BiparityAffine(nn.Module):
     """y = alpha * x + beta, where beta acts on invariant features only: even-even and odd-odd (eq. 6).
@@ -139,7 +144,7 @@ class TokenMixing(nn.Module):
 class BiparityMlp(nn.Module):
     """Channel MLP of E(ResMLP); its activation x*sigmoid(1.702x) acts where the flop only permutes features.
 
-    Shape: (B, N, C) -> (B, N, C).
+    Shape: (B, N, C) -> (B, N, C), or the invariant features, (B, N, C/2), with `invariants_only`.
     """
 
     def __init__(
@@ -156,14 +161,18 @@ class BiparityMlp(nn.Module):
         regular = change_basis(self.columns.mirror_basis(x))
         return self.columns.mirror_basis(change_basis(quick_gelu(regular)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.activate(self.fc1(x)))))
+    def forward(self, x: Tensor, invariants_only: bool = False) -> Tensor:
+        hidden = self.drop(self.activate(self.fc1(x)))
+        if not invariants_only:
+            return self.drop(self.fc2(hidden))
+        ee, _, _, oo = self.columns.split(hidden)
+        return self.drop(torch.cat((self.fc2.even(ee), self.fc2.odd(oo)), dim=1))
 
 
 class FlopResBlock(nn.Module):
     """timm's `ResBlock` on features of two parities (eq. 7).
 
-    Shape: (B, N, C) -> (B, N, C).
+    Shape: (B, N, C) -> (B, N, C), or the invariant features, (B, N, C/2), with `invariants_only`.
     """
 
     def __init__(
@@ -179,6 +188,7 @@ class FlopResBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.columns = columns
         self.norm1 = BiparityAffine(dim, columns, **dd)
         self.linear_tokens = TokenMixing(columns, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -187,9 +197,14 @@ class FlopResBlock(nn.Module):
         self.ls1 = nn.Parameter(init_values * torch.ones(dim, **dd))
         self.ls2 = nn.Parameter(init_values * torch.ones(dim, **dd))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, invariants_only: bool = False) -> Tensor:
         x = x + self.drop_path(self.ls1 * self.linear_tokens(self.norm1(x)))
-        return x + self.drop_path(self.ls2 * self.mlp_channels(self.norm2(x)))
+        y = self.mlp_channels(self.norm2(x), invariants_only)
+        if not invariants_only:
+            return x + self.drop_path(self.ls2 * y)
+        ls_even, ls_odd = split(self.ls2)
+        ee, oo = y.split([self.columns.num_even, self.columns.num_odd], dim=1)
+        return self.columns.invariants(x) + self.drop_path(torch.cat((ls_even * ee, ls_odd * oo), dim=1))
 
 
 class EntryBlock(ResBlock):
@@ -280,14 +295,19 @@ class FlopMlpMixer(FlopHead, MlpMixer):
     def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
         if not self.equivariant:
             return x
-        ee, eo, oe, oo = self.columns.split(x)
-        agreeing = torch.cat((ee, oo), dim=1)
         if not self.append_abs_odd:
-            return agreeing
-        return join(agreeing, torch.cat((eo, oe), dim=1).abs())
+            return self.columns.invariants(x)
+        _, eo, oe, _ = self.columns.split(x)
+        return join(self.columns.invariants(x), torch.cat((eo, oe), dim=1).abs())
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return super().forward_head(self.fc_norm(self.invariants(x)), pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.may_skip:
+            invariants = self.blocks[-1](self.blocks[:-1](self.stem(x)), invariants_only=True)
+            return super().forward_head(self.fc_norm(invariants))
+        return super().forward(x)
 
     def forward_intermediates(
         self,

@@ -32,6 +32,7 @@ class FlopHead:
     num_classes: int
     embed_dim: int
     head: nn.Module
+    training: bool
 
     def init_head(self, head: str, equivariant: bool, **dd: Any) -> None:
         """Sizes the classifier for what it sees. Raises ValueError for an unknown choice, or one that has no effect."""
@@ -56,13 +57,21 @@ class FlopHead:
         even, odd = split(x, dim)
         return join(even, odd.abs(), dim) if self.append_abs_odd else even
 
+    @property
+    def may_skip(self) -> bool:
+        """Whether the last block may leave out what the head does not read.
+
+        Not in training, where every parameter gets a gradient, if only a zero one, as data parallelism asks for.
+        """
+        return self.equivariant and not self.append_abs_odd and not self.training
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier for so many classes; 0 leaves the pooled features."""
         super().reset_classifier(num_classes, global_pool)  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(self.head, nn.Linear) and self.head.in_features != self.head_hidden_size:
             weight = self.head.weight
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
-            self.head.train(self.training)  # pyright: ignore[reportAttributeAccessIssue]
+            self.head.train(self.training)
 
 
 def register(module: str, baseline: str, variants: str, create: Callable[..., nn.Module]) -> None:

@@ -112,6 +112,13 @@ def test_features_heads_and_grids(name: str) -> None:
     assert model(x).shape == (2, model.head_hidden_size)
 
 
+@pytest.mark.parametrize("name", EQUIVARIANT)
+def test_what_the_head_does_not_read_is_left_out_in_evaluation_only(name: str) -> None:
+    model, x = small(name), photos()
+    torch.testing.assert_close(model.train()(x), model.eval()(x))
+    torch.testing.assert_close(model(x), model.forward_head(model.forward_features(x)))
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_features_only_gives_image_grids(name: str) -> None:
     args = SMALL[MODELS[name].family] | {"img_size": IMAGE, "patch_size": 8}
@@ -189,9 +196,10 @@ def test_a_checkpoint_of_another_resolution_is_resized(name: str, tmp_path) -> N
     )
     torch.testing.assert_close(model.pos_embed(), source.pos_embed((3, 3)).float(), atol=1e-6, rtol=1e-5)
     source.set_input_size((24, 24))
-    torch.testing.assert_close(source.eval()(photos((24, 24))), model.double().eval()(photos((24, 24))), atol=1e-5, rtol=1e-4)
+    x = photos((24, 24))
+    torch.testing.assert_close(source.eval()(x), model.double().eval()(x), atol=1e-5, rtol=1e-4)
     if name.startswith("flop_"):
-        assert_equivariant(source, photos((24, 24)), tol=1e-6)
+        assert_equivariant(source, x, tol=1e-6)
 
 
 def test_a_vit_takes_images_of_any_size_when_told_so() -> None:
