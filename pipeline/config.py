@@ -102,7 +102,7 @@ class Recipe(_Section):
     cutmix_alpha: Annotated[float, Field(ge=0)]
     """Parameter of cutmix's beta distribution; 0: off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
-    """Decay of the moving average of the weights, evaluated beside the plain ones; None: off."""
+    """Decay of the moving average of the weights, which is then what is validated and kept; None: off."""
     test_crop_ratio: Annotated[float, Field(gt=0, le=1)]
     """Side of the test crop over the side of the resized image."""
 

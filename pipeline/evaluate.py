@@ -14,6 +14,7 @@ from pipeline import data, loop, recipe, track
 from pipeline.config import ConfigError, Experiment
 
 BATCH_SIZE = 256
+TIMES_CHANCE = 3  # below this multiple of guessing, a network has learned nothing
 
 
 def evaluate(experiment: Experiment, run_name: str, outputs: Path = Path("outputs")) -> dict[str, float | bool]:
@@ -21,7 +22,7 @@ def evaluate(experiment: Experiment, run_name: str, outputs: Path = Path("output
 
     `val/flop_agreement_pct` is the share of the images that get the same top-1 class as their flop;
     `equivariance/max_rel_error` the largest relative difference between the two's logits, in float32, over the
-    batches. `converged` says whether the loss stayed finite to the last epoch.
+    batches. `converged` says whether the loss stayed finite to the last epoch and top-1 left chance level behind.
 
     Raises: ConfigError where the run was not trained.
     """
@@ -54,7 +55,7 @@ def evaluate(experiment: Experiment, run_name: str, outputs: Path = Path("output
         "val/loss": plain.loss,
         "val/flop_agreement_pct": 100 * agreeing / len(images),
         "equivariance/max_rel_error": error,
-        "converged": status == "finished",
+        "converged": status == "finished" and plain.top1_pct > TIMES_CHANCE * 100 / len(shards.classes),
     }
     partial = folder / "metrics.json.partial"
     partial.write_text(json.dumps(metrics, indent=2) + "\n")
