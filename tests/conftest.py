@@ -7,6 +7,7 @@ import os
 # Before torch, Ray or MLflow are imported, here and in the processes that tests start.
 os.environ |= {
     "OMP_NUM_THREADS": "2",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve each other where cores are busy
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
