@@ -299,9 +299,10 @@ def load_authors_checkpoint(path: Path) -> Tensors:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"{path} holds a {named[1]}, and is not unpickled: only tensors and argparse.Namespace are"
-        raise ValueError(reason if named else damaged) from error
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            refused = f"{path} holds a {named[1]}, and is not unpickled: only tensors and argparse.Namespace are"
+            raise ValueError(refused) from error
+        raise ValueError(damaged) from error
     except (RuntimeError, EOFError, LookupError) as error:
         raise ValueError(damaged) from error
     if not isinstance(content, dict):
