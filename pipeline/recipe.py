@@ -13,7 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from flopeq.build import build
-from pipeline.config import ConfigError, Recipe, Run
+from pipeline import augment
+from pipeline.config import ConfigError, Data, Recipe, Run
 
 
 def model(run: Run, recipe: Recipe, *, num_classes: int, seed: int, device: str = "cpu") -> nn.Module:
@@ -24,6 +25,17 @@ def model(run: Run, recipe: Recipe, *, num_classes: int, seed: int, device: str 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return build(run.model, device=device, num_classes=num_classes, drop_path_rate=recipe.drop_path, **run.args)
+
+
+def check(recipe: Recipe, data: Data, workers: int) -> None:
+    """What a recipe alone does not show to be wrong. Raises: ConfigError, saying what to change."""
+    share, rest = divmod(recipe.global_batch_size, workers)
+    if rest:
+        raise ConfigError(f"global_batch_size {recipe.global_batch_size} does not divide over train.workers {workers}")
+    if share % 2 and (recipe.mixup_alpha or recipe.cutmix_alpha):
+        raise ConfigError(f"mixup pairs images, so a worker's share of global_batch_size must be even, not {share}")
+    augment.train_transform(recipe, data)
+    loss(recipe)
 
 
 def optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:

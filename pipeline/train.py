@@ -50,7 +50,9 @@ def train(experiment: Experiment, run_name: str) -> None:
     shards = data.Shards(experiment.data.shards)
     settings, configuration = experiment.train, experiment.resolved(run_name)
     num_classes = len(shards.classes)
-    _check(experiment, run_name, num_classes)
+    # What would otherwise fail on the workers, late.
+    recipe.check(experiment.recipe(run_name), experiment.data, settings.workers)
+    _model(experiment, run_name, num_classes, device="meta")
     cluster.connect(cpus=settings.workers * settings.cpus_per_worker)
     gpu = _gpu(experiment)
     place = _Place.of(experiment, run_name, fingerprint(configuration, experiment.data.shards))
@@ -151,15 +153,6 @@ def _restorable(filesystem: pyarrow.fs.FileSystem, folder: str) -> bool:
             logger.warning("%s was cut when the training was interrupted: it starts over", path)
             return False
     return True
-
-
-def _check(experiment: Experiment, run_name: str, num_classes: int) -> None:
-    """What would otherwise fail on the workers, late."""
-    batch, workers = experiment.recipe(run_name).global_batch_size, experiment.train.workers
-    if batch % workers:
-        raise ConfigError(f"global_batch_size {batch} does not divide over train.workers {workers}")
-    _model(experiment, run_name, num_classes, device="meta")
-    recipe.loss(experiment.recipe(run_name))
 
 
 def _gpu(experiment: Experiment) -> bool:

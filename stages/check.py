@@ -17,14 +17,19 @@ def run() -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         cluster.probe(address)
 
-    from flopeq.build import ModelError, build
+    from flopeq.build import ModelError
+    from pipeline import recipe
 
     for name, run in experiment.models.items():
-        drop_path = experiment.recipe(name).drop_path
         try:
-            build(run.model, device="meta", num_classes=10, drop_path_rate=drop_path, **run.args)
+            recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
         except ModelError as error:
             raise ConfigError(f"params.yaml: models.{name}: {error}") from None
+    for name in sorted({run.recipe for run in experiment.models.values()}):
+        try:
+            recipe.check(experiment.recipes[name], experiment.data, experiment.train.workers)
+        except ConfigError as error:
+            raise ConfigError(f"params.yaml: recipes.{name}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -75,6 +75,22 @@ def test_width_that_cannot_be_halved_is_refused(folder):
 
 
 @pytest.mark.parametrize(
+    ("changes", "mentioned"),
+    [
+        ({"auto_augment": "4a"}, "auto_augment: '4a' is none of timm's"),
+        ({"loss": "bce"}, "loss: bce"),
+        ({"global_batch_size": 63}, "global_batch_size 63 does not divide over train.workers 2"),
+        ({"global_batch_size": 62, "mixup_alpha": 0.8}, "must be even, not 31"),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused(folder, changes, mentioned):
+    change(folder, 2, "train", "workers")
+    for key, value in changes.items():
+        change(folder, value, "recipes", "digits", key)
+    assert_refused(stage(folder, "check"), "params.yaml: recipes.digits: ", mentioned)
+
+
+@pytest.mark.parametrize(
     ("value", "keys", "mentioned"),
     [
         (1, ("recipes", "digits", "epoch"), "digits.epoch: unknown parameter; did you mean 'epochs'?"),
