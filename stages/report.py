@@ -1,7 +1,8 @@
-"""Stage `report`: the comparison of all runs, written to reports/ and printed."""
+"""Stage `report`: the comparison of all runs, written to reports/; `make repro` prints it at its end."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from stages import main
@@ -17,7 +18,7 @@ def run() -> None:
 
     experiment = config.load()
     report.write(experiment, report.collect(experiment))
-    show()
+    logging.info("the comparison is in reports/index.html")
 
 
 def show() -> None:

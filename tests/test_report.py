@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pipeline import config, figures, report
-from stages.report import run as report_stage
+from stages import report as report_stage
 
 ROOT = Path(__file__).parent.parent
 NUM_EPOCHS = 12
@@ -277,7 +277,9 @@ def test_stage_prints_the_table_and_where_the_page_lies(
 ) -> None:
     fabricate(tmp_path)
     monkeypatch.chdir(tmp_path)
-    report_stage()
+    report_stage.run()
+    assert capsys.readouterr().out == ""
+    report_stage.show()
     printed = capsys.readouterr().out.rstrip()
     assert printed.endswith(str(tmp_path / "reports/index.html"))
     lines = printed.splitlines()[:-1]
