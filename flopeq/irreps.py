@@ -31,17 +31,22 @@ def join(even: Tensor, odd: Tensor, dim: int = -1) -> Tensor:
     return torch.cat((even, odd), dim)
 
 
+def butterfly(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(a + b)/sqrt 2 and (a - b)/sqrt 2: irreps to regular basis for two halves, and back (sec. 3.3, eq. 3)."""
+    return SQRT_HALF * (a + b), SQRT_HALF * (a - b)
+
+
 def change_basis(x: Tensor, dim: int = -1, fixed: int = 0) -> Tensor:
-    """(a, m, b) -> ((a + b)/sqrt 2, m, (a - b)/sqrt 2): irreps to regular basis, and back, since it is its own inverse.
+    """(a, m, b) -> ((a + b)/sqrt 2, m, (a - b)/sqrt 2): the same along an axis; its own inverse.
 
     The `fixed` entries in the middle of the axis are those that the flop maps to themselves, such as the middle
-    column of a grid with an odd number of columns (sec. 3.3, eq. 3; appendix C).
+    column of a grid with an odd number of columns (appendix C).
 
     Shape: any -> the same.
     """
     pairs = (x.shape[dim] - fixed) // 2
     a, middle, b = x.split([pairs, fixed, pairs], dim)
-    total, difference = SQRT_HALF * (a + b), SQRT_HALF * (a - b)
+    total, difference = butterfly(a, b)
     return torch.cat((total, middle, difference) if fixed else (total, difference), dim)
 
 

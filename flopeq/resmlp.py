@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.mlp_mixer import checkpoint_filter_fn as mixer_filter_fn
 from torch import Tensor, nn
 
-from flopeq.irreps import change_basis, half, join, split
+from flopeq.irreps import butterfly, change_basis, half, join, split
 from flopeq.layers import FlopPatchEmbed, pair
 from flopeq.variants import FlopHead, baseline_of, check_num_flop_blocks, default_split, register, untrained_cfgs
 
@@ -60,43 +60,60 @@ class ColumnParity:
         left, middle, right = (rearrange(part, "B (H W) C -> B H W C", H=self.height) for part in parts)
         return torch.cat((left, middle, right.flip(2)), dim=2).flatten(1, 2)
 
-    def split(self, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(channel, column) parities: even-even, even-odd, odd-even, odd-odd; (B, num_even or num_odd, C/2) each."""
+    def split(self, x_BNC: Tensor) -> Parts:
+        """A tensor's four parts."""
         even, odd = split(x_BNC)
         sizes = [self.num_even, self.num_odd]
-        ee, eo = even.split(sizes, dim=1)
-        oe, oo = odd.split(sizes, dim=1)
-        return ee, eo, oe, oo
+        return Parts(*even.split(sizes, dim=1), *odd.split(sizes, dim=1))
 
-    def join(self, ee: Tensor, eo: Tensor, oe: Tensor, oo: Tensor) -> Tensor:
+    def join(self, parts: Parts) -> Tensor:
         """The inverse of `split`."""
-        return join(torch.cat((ee, eo), dim=1), torch.cat((oe, oo), dim=1))
+        return join(torch.cat((parts.ee, parts.eo), dim=1), torch.cat((parts.oe, parts.oo), dim=1))
 
-    def invariants(self, x_BNC: Tensor) -> Tensor:
-        """What the flop leaves alone, even-even tokens, then odd-odd ones; (B, N, C/2)."""
-        ee, _, _, oo = self.split(x_BNC)
-        return torch.cat((ee, oo), dim=1)
+    def mix(self, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+        """Even and odd columns -> left (with the middle) and right ones; its own inverse."""
+        paired, middle = even.split([self.num_odd, self.num_middle], dim=1)
+        left, right = butterfly(paired, odd)
+        return torch.cat((left, middle), dim=1) if self.num_middle else left, right
+
+
+class Parts(NamedTuple):
+    """Features by (channel, column) parity: (B, num_even, C/2) where the column is even, else (B, num_odd, C/2).
+
+    Inside a block they travel apart, since each meets its own weights; between blocks they are one tensor.
+    """
+
+    ee: Tensor
+    eo: Tensor
+    oe: Tensor
+    oo: Tensor
+
+    @property
+    def invariant(self) -> Tensor:
+        """What the flop leaves alone, ee, then oo: (B, N, C/2)."""
+        return torch.cat((self.ee, self.oo), dim=1)
+
+    def scaled(self, scale: Tensor) -> Parts:
+        """The parts times a vector (C,) over channels."""
+        even, odd = split(scale)
+        return Parts(even * self.ee, even * self.eo, odd * self.oe, odd * self.oo)
 
 
 class BiparityAffine(nn.Module):
     """y = alpha * x + beta, where beta acts on invariant features only: even-even and odd-odd (eq. 6).
 
-    Shape: (B, N, C) -> (B, N, C).
+    Shape: parts of (B, N, C) -> the same.
     """
 
-    def __init__(self, dim: int, columns: ColumnParity, device=None, dtype=None) -> None:
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.columns = columns
         self.alpha = nn.Parameter(torch.ones(1, 1, dim, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(1, 1, dim, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        ee, eo, oe, oo = self.columns.split(x)
-        alpha_even, alpha_odd = split(self.alpha)
-        beta_even, beta_odd = split(self.beta)
-        return self.columns.join(
-            ee * alpha_even + beta_even, eo * alpha_even, oe * alpha_odd, oo * alpha_odd + beta_odd
-        )
+    def forward(self, x: Parts) -> Parts:
+        y = x.scaled(self.alpha)
+        even, odd = split(self.beta)
+        return y._replace(ee=y.ee + even, oo=y.oo + odd)
 
 
 class BiparityLinear(nn.Module):
@@ -104,47 +121,43 @@ class BiparityLinear(nn.Module):
 
     Seen on the image, the odd bias is opposite on mirrored columns.
 
-    Shape: (B, N, in_features) -> (B, N, out_features).
+    Shape: parts of (B, N, in_features) -> parts of (B, N, out_features).
     Cost: in*out/2 multiply-adds per token, half of nn.Linear.
     """
 
-    def __init__(self, in_features: int, out_features: int, columns: ColumnParity, device=None, dtype=None) -> None:
+    def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
         super().__init__()
         inner, outer = half(in_features, "in_features"), half(out_features, "out_features")
-        self.columns = columns
         self.even = nn.Linear(inner, outer, device=device, dtype=dtype)
         self.odd = nn.Linear(inner, outer, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        ee, eo, oe, oo = self.columns.split(x)
-        return self.columns.join(
-            self.even(ee), F.linear(eo, self.even.weight), F.linear(oe, self.odd.weight), self.odd(oo)
-        )
+    def forward(self, x: Parts) -> Parts:
+        w_even, w_odd = self.even.weight, self.odd.weight
+        return Parts(self.even(x.ee), F.linear(x.eo, w_even), F.linear(x.oe, w_odd), self.odd(x.oo))
 
 
 class TokenMixing(nn.Module):
     """Block diagonal linear map over tokens, one block for even and one for odd columns (appendix C).
 
-    Shape: (B, N, C) -> (B, N, C).
+    Shape: parts of (B, N, C) -> the same.
     Cost: N^2/2 multiply-adds per channel on an even grid, half of nn.Linear.
     """
 
     def __init__(self, columns: ColumnParity, device=None, dtype=None) -> None:
         super().__init__()
-        self.columns = columns
         self.even = nn.Linear(columns.num_even, columns.num_even, device=device, dtype=dtype)
         self.odd = nn.Linear(columns.num_odd, columns.num_odd, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        ee, eo, oe, oo = (part.mT for part in self.columns.split(x))
-        mixed = (self.even(ee), F.linear(eo, self.odd.weight), F.linear(oe, self.even.weight), self.odd(oo))
-        return self.columns.join(*(part.mT for part in mixed))
+    def forward(self, x: Parts) -> Parts:
+        w_even, w_odd = self.even.weight, self.odd.weight
+        ee, eo, oe, oo = (part.mT for part in x)
+        return Parts(self.even(ee).mT, F.linear(eo, w_odd).mT, F.linear(oe, w_even).mT, self.odd(oo).mT)
 
 
 class BiparityMlp(nn.Module):
     """Channel MLP of E(ResMLP); its activation x*sigmoid(1.702x) acts where the flop only permutes features.
 
-    Shape: (B, N, C) -> (B, N, C), or the invariant features, (B, N, C/2), with `invariants_only`.
+    Shape: parts of (B, N, C) -> the same.
     """
 
     def __init__(
@@ -152,21 +165,24 @@ class BiparityMlp(nn.Module):
     ) -> None:
         super().__init__()
         self.columns = columns
-        self.fc1 = BiparityLinear(dim, hidden_features, columns, device, dtype)
-        self.fc2 = BiparityLinear(hidden_features, dim, columns, device, dtype)
+        self.fc1 = BiparityLinear(dim, hidden_features, device, dtype)
+        self.fc2 = BiparityLinear(hidden_features, dim, device, dtype)
         self.drop = nn.Dropout(drop)
 
-    def activate(self, x: Tensor) -> Tensor:
-        """Both parities to the regular basis, x*sigmoid(1.702x) there, and back."""
-        regular = change_basis(self.columns.mirror_basis(x))
-        return self.columns.mirror_basis(change_basis(quick_gelu(regular)))
+    def activate(self, x: Parts) -> Parts:
+        """Columns and channels to the regular basis, x*sigmoid(1.702x) there, and back."""
+        regular = self._swap_basis(x)
+        return self._swap_basis(Parts(*(quick_gelu(part) for part in regular)))
 
-    def forward(self, x: Tensor, invariants_only: bool = False) -> Tensor:
-        hidden = self.drop(self.activate(self.fc1(x)))
-        if not invariants_only:
-            return self.drop(self.fc2(hidden))
-        ee, _, _, oo = self.columns.split(hidden)
-        return self.drop(torch.cat((self.fc2.even(ee), self.fc2.odd(oo)), dim=1))
+    def _swap_basis(self, x: Parts) -> Parts:
+        """Both changes of basis are involutions and commute, so this one is its own inverse too."""
+        even, odd = self.columns.mix(x.ee, x.eo), self.columns.mix(x.oe, x.oo)
+        (ee, oe), (eo, oo) = butterfly(even[0], odd[0]), butterfly(even[1], odd[1])
+        return Parts(ee, eo, oe, oo)
+
+    def forward(self, x: Parts) -> Parts:
+        hidden = Parts(*(self.drop(part) for part in self.activate(self.fc1(x))))
+        return Parts(*(self.drop(part) for part in self.fc2(hidden)))
 
 
 class FlopResBlock(nn.Module):
@@ -189,22 +205,28 @@ class FlopResBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.columns = columns
-        self.norm1 = BiparityAffine(dim, columns, **dd)
+        self.norm1 = BiparityAffine(dim, **dd)
         self.linear_tokens = TokenMixing(columns, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = BiparityAffine(dim, columns, **dd)
+        self.norm2 = BiparityAffine(dim, **dd)
         self.mlp_channels = BiparityMlp(dim, int(dim * mlp_ratio), columns, drop=drop, **dd)
         self.ls1 = nn.Parameter(init_values * torch.ones(dim, **dd))
         self.ls2 = nn.Parameter(init_values * torch.ones(dim, **dd))
 
     def forward(self, x: Tensor, invariants_only: bool = False) -> Tensor:
-        x = x + self.drop_path(self.ls1 * self.linear_tokens(self.norm1(x)))
-        y = self.mlp_channels(self.norm2(x), invariants_only)
-        if not invariants_only:
-            return x + self.drop_path(self.ls2 * y)
-        ls_even, ls_odd = split(self.ls2)
-        ee, oo = y.split([self.columns.num_even, self.columns.num_odd], dim=1)
-        return self.columns.invariants(x) + self.drop_path(torch.cat((ls_even * ee, ls_odd * oo), dim=1))
+        parts = self.columns.split(x)
+        parts = self._add(parts, self.linear_tokens(self.norm1(parts)).scaled(self.ls1))
+        update = self.mlp_channels(self.norm2(parts)).scaled(self.ls2)
+        if invariants_only:  # half of the last product is then dead
+            return parts.invariant + self.drop_path(update.invariant)
+        return self.columns.join(self._add(parts, update))
+
+    def _add(self, parts: Parts, update: Parts) -> Parts:
+        """The residual connection; stochastic depth drops all four parts of an image's update, or none."""
+        if isinstance(self.drop_path, DropPath):
+            keep = self.drop_path(parts.ee.new_ones(len(parts.ee), 1, 1))
+            update = Parts(*(keep * part for part in update))
+        return Parts(*(part + more for part, more in zip(parts, update, strict=True)))
 
 
 class EntryBlock(ResBlock):
@@ -295,10 +317,10 @@ class FlopMlpMixer(FlopHead, MlpMixer):
     def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
         if not self.equivariant:
             return x
+        parts = self.columns.split(x)
         if not self.append_abs_odd:
-            return self.columns.invariants(x)
-        _, eo, oe, _ = self.columns.split(x)
-        return join(self.columns.invariants(x), torch.cat((eo, oe), dim=1).abs())
+            return parts.invariant
+        return join(parts.invariant, torch.cat((parts.eo, parts.oe), dim=1).abs())
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return super().forward_head(self.fc_norm(self.invariants(x)), pre_logits)

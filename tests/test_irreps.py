@@ -42,7 +42,7 @@ def test_columns_by_parity_and_raster_order_are_inverse(grid: tuple[int, int]) -
     columns = ColumnParity(grid)
     x = features(2, grid[0] * grid[1], 4)
     torch.testing.assert_close(columns.to_raster(columns.from_raster(x)), x)
-    torch.testing.assert_close(columns.join(*columns.split(x)), x)
+    torch.testing.assert_close(columns.join(columns.split(x)), x)
 
 
 @given(grids)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Mlp
+from timm.layers.activations import quick_gelu
 from timm.layers.attention import Attention
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from flopeq.layers import (
     FlopPatchEmbed,
     FlopPosEmbed,
 )
-from flopeq.resmlp import BiparityAffine, BiparityLinear, BiparityMlp, ColumnParity, FlopResBlock, TokenMixing
+from flopeq.resmlp import BiparityAffine, BiparityLinear, BiparityMlp, ColumnParity, FlopResBlock, Parts, TokenMixing
 from flopeq.testing import relative_error
 from tests.small import away_from_zero
 
@@ -43,10 +44,9 @@ def flop_tokens(x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
     return flop(x_BNC.unflatten(1, grid).flip(2).flatten(1, 2))
 
 
-def flop_biparity(x_BNC: Tensor, columns: ColumnParity) -> Tensor:
-    """The group's action on tokens by parity: features change sign where the two parities differ."""
-    ee, eo, oe, oo = columns.split(x_BNC)
-    return columns.join(ee, -eo, -oe, oo)
+def flop_parts(x: Parts) -> Parts:
+    """The group's action on features by parity: they change sign where the two parities differ."""
+    return Parts(x.ee, -x.eo, -x.oe, x.oo)
 
 
 def assert_commutes(layer: nn.Module, x: Tensor, action, action_out=None) -> None:
@@ -204,14 +204,19 @@ def test_depthwise_convolution_has_no_frozen_parameters() -> None:
 def test_layers_of_two_parities_commute(layer: type[nn.Module], grid: tuple[int, int]) -> None:
     columns = ColumnParity(grid)
     args = {
-        BiparityAffine: (8, columns),
-        BiparityLinear: (8, 12, columns),
+        BiparityAffine: (8,),
+        BiparityLinear: (8, 12),
         TokenMixing: (columns,),
         BiparityMlp: (8, 16, columns),
         FlopResBlock: (8, columns),
     }[layer]
+    drawn_layer = drawn(layer(*args))
+
+    def on_tensors(x: Tensor) -> Tensor:
+        return drawn_layer(x) if layer is FlopResBlock else columns.join(drawn_layer(columns.split(x)))
+
     x = features(2, grid[0] * grid[1], 8)
-    assert_commutes(drawn(layer(*args)), x, lambda x: flop_biparity(x, columns))
+    assert_commutes(on_tensors, x, lambda x: columns.join(flop_parts(columns.split(x))))
 
 
 def test_token_mixing_equals_a_dense_matrix_that_commutes_with_the_mirror() -> None:
@@ -224,7 +229,33 @@ def test_token_mixing_equals_a_dense_matrix_that_commutes_with_the_mirror() -> N
     mirror = torch.eye(tokens, dtype=torch.float64).unflatten(0, grid).flip(1).flatten(0, 1)
     torch.testing.assert_close(dense @ mirror, mirror @ dense)
     x = features(2, tokens, 4)
-    torch.testing.assert_close(columns.to_raster(layer(columns.from_raster(x))), dense @ x)
+    mixed = columns.join(layer(columns.split(columns.from_raster(x))))
+    torch.testing.assert_close(columns.to_raster(mixed), dense @ x)
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (3, 5)])
+def test_the_two_parity_activation_acts_on_the_image(grid: tuple[int, int]) -> None:
+    columns = ColumnParity(grid)
+    x = features(2, grid[0] * grid[1], 8)
+    found = columns.join(BiparityMlp(8, 8, columns).activate(columns.split(columns.from_raster(x))))
+    torch.testing.assert_close(change_basis(columns.to_raster(found)), quick_gelu(change_basis(x)))
+
+
+def test_stochastic_depth_drops_all_parts_of_an_image_or_none() -> None:
+    columns = ColumnParity((2, 2))
+    block = drawn(FlopResBlock(8, columns, drop_path=0.5)).train()
+    x = features(64, 4, 8)
+    assert_commutes_with_seed(block, x, columns)
+    kept = (block(x) - x).abs().amax(-1) > 1e-9  # (B, N)
+    assert (kept.all(1) | ~kept.any(1)).all() and kept.any() and not kept.all()
+
+
+def assert_commutes_with_seed(block: nn.Module, x: Tensor, columns: ColumnParity) -> None:
+    def seeded(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return block(x)
+
+    assert_commutes(seeded, x, lambda x: columns.join(flop_parts(columns.split(x))))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +268,7 @@ def test_token_mixing_equals_a_dense_matrix_that_commutes_with_the_mirror() -> N
         (lambda: FlopPatchConv(3, 5, 4), "embed_dim is 5"),
         (lambda: FlopDepthwiseConv(6), "embed_dim=6.*multiple of 4"),
         (lambda: FlopDepthwiseConv(8, 4), "kernel_size=4.*odd"),
-        (lambda: BiparityLinear(8, 7, ColumnParity((2, 2))), "out_features is 7"),
+        (lambda: BiparityLinear(8, 7), "out_features is 7"),
     ],
 )
 def test_widths_that_do_not_split_are_refused(make, message: str) -> None:
