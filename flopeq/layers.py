@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
-from flopeq.irreps import SQRT_HALF, change_basis, half, join, split
+from flopeq.irreps import SQRT_HALF, butterfly, half, join, split
 
 
 class FlopLinear(nn.Module):
@@ -80,7 +80,12 @@ class FlopGELU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return change_basis(F.gelu(change_basis(x)))
+        return join(*self.on_halves(*split(x)))
+
+    def on_halves(self, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+        """The same on halves that lie apart, which spares joining them."""
+        a, b = butterfly(even, odd)
+        return butterfly(F.gelu(a), F.gelu(b))
 
 
 class FlopMlp(nn.Module):
@@ -95,7 +100,7 @@ class FlopMlp(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
-        act_layer: Callable[[], nn.Module] = FlopGELU,
+        act_layer: Callable[[], FlopGELU] = FlopGELU,
         norm_layer: Callable[..., nn.Module] | None = None,
         bias: bool = True,
         drop: float = 0.0,
@@ -113,8 +118,13 @@ class FlopMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
-        hidden = self.norm(self.drop1(self.act(self.fc1(x))))
-        return self.drop2(self.fc2.even(split(hidden)[0]) if even_only else self.fc2(hidden))
+        even, odd = split(x)
+        even, odd = self.act.on_halves(self.fc1.even(even), self.fc1.odd(odd))
+        even, odd = self.drop1(even), self.drop1(odd)
+        if not isinstance(self.norm, nn.Identity):
+            even, odd = split(self.norm(join(even, odd)))
+        even = self.drop2(self.fc2.even(even))
+        return even if even_only else join(even, self.drop2(self.fc2.odd(odd)))
 
 
 class FlopAttention(nn.Module):
