@@ -101,6 +101,18 @@ def test_a_killed_training_goes_on_to_the_weights_of_an_uninterrupted_one(place)
 
 
 @pytest.mark.slow
+def test_two_compiled_ray_workers_train_as_one_eager_worker_does(place):
+    losses = []
+    for settings in ({"workers": 1}, {"workers": 2, "compile": True, "loader_workers": 1}):
+        change("train", **settings)
+        change("recipe", epochs=3)
+        finish()
+        with open("outputs/vit/history.csv", newline="") as history:
+            losses.append([float(row["train/loss"]) for row in csv.DictReader(history)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # sums in another order, in float32
+
+
+@pytest.mark.slow
 def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(place):
     change("recipe", lr=1e30, epochs=2, clip_grad_norm=None, warmup_epochs=0)
     output = finish()
