@@ -25,7 +25,7 @@ from flopeq.layers import (
     check_patch_width,
     pair,
 )
-from flopeq.variants import FlopHead, baseline_of, check_num_flop_blocks, default_split, register, untrained_cfgs
+from flopeq.variants import FlopHead, baseline_of, check_num_flop_blocks, register, split_point, untrained_cfgs
 
 __all__ = ["ConvNeXtIso"]
 
@@ -243,7 +243,7 @@ def _create(name: str, pretrained: bool, num_flop_blocks: int | None = None, **k
         ConvNeXtIso,
         name,
         pretrained,
-        num_flop_blocks=default_split(name, kwargs["depth"]) if num_flop_blocks is None else num_flop_blocks,
+        num_flop_blocks=split_point(name, kwargs["depth"], num_flop_blocks),
         feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
         **kwargs,
     )

@@ -92,11 +92,17 @@ def register(module: str, baseline: str, variants: str, create: Callable[..., nn
         setattr(sys.modules[module], name, register_model(entry_point))
 
 
-def default_split(name: str, depth: int) -> int:
-    """Number of equivariant blocks of a name: none of X's, all of E's, the first half of H's."""
-    if name.startswith(PREFIXES["H"]):
-        return depth // 2
-    return depth if name.startswith(PREFIXES["E"]) else 0
+def split_point(name: str, depth: int, num_flop_blocks: int | None) -> int:
+    """The number of equivariant blocks asked for; None: none of X's, all of E's, the first half of H's.
+
+    Raises: ValueError as `check_num_flop_blocks` does.
+    """
+    if num_flop_blocks is None:
+        if name.startswith(PREFIXES["H"]):
+            return depth // 2
+        return depth if name.startswith(PREFIXES["E"]) else 0
+    check_num_flop_blocks(num_flop_blocks, depth)
+    return num_flop_blocks
 
 
 def baseline_of(name: str) -> str:

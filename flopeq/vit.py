@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, change_basis, half, join
 from flopeq.layers import FlopAttention, FlopGELU, FlopLayerNorm, FlopMlp, FlopPatchEmbed, FlopPosEmbed
-from flopeq.variants import FlopHead, baseline_of, check_num_flop_blocks, default_split, register, untrained_cfgs
+from flopeq.variants import FlopHead, baseline_of, register, split_point, untrained_cfgs
 
 __all__ = ["FlopVisionTransformer"]
 
@@ -160,12 +160,11 @@ def _create(
     name: str, pretrained: bool, num_flop_blocks: int | None = None, head: str = "even", **kwargs: Any
 ) -> nn.Module:
     kwargs = SIZES[baseline_of(name)] | kwargs
-    split = default_split(name, kwargs["depth"]) if num_flop_blocks is None else num_flop_blocks
-    check_num_flop_blocks(split, kwargs["depth"])
-    if split:
-        kwargs |= {"num_flop_blocks": split, "head": head}
+    num_flop_blocks = split_point(name, kwargs["depth"], num_flop_blocks)
+    if num_flop_blocks:
+        kwargs |= {"num_flop_blocks": num_flop_blocks, "head": head}
     return build_model_with_cfg(
-        FlopVisionTransformer if split else VisionTransformer,
+        FlopVisionTransformer if num_flop_blocks else VisionTransformer,
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
