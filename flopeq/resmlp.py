@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from flopeq.irreps import butterfly, change_basis, half, join, split
 from flopeq.layers import FlopPatchEmbed, pair
-from flopeq.variants import FlopHead, baseline_of, register, split_point, untrained_cfgs
+from flopeq.variants import FlopHead, baseline_of, check_head, register, split_point, untrained_cfgs
 
 __all__ = ["FlopMlpMixer"]
 
@@ -362,6 +362,7 @@ def _create(
 ) -> nn.Module:
     kwargs = SIZES[baseline_of(name)] | kwargs
     num_flop_blocks = split_point(name, kwargs["num_blocks"], num_flop_blocks)
+    check_head(head, num_flop_blocks == kwargs["num_blocks"])
     if num_flop_blocks:
         kwargs |= {"num_flop_blocks": num_flop_blocks, "head": head}
     else:

@@ -22,6 +22,14 @@ def check_num_flop_blocks(num_flop_blocks: int, depth: int) -> None:
         raise ValueError(f"num_flop_blocks={num_flop_blocks} is not a number of blocks from 0 (X) to depth={depth} (E)")
 
 
+def check_head(head: str, equivariant: bool) -> None:
+    """Raises ValueError for an unknown choice of the head's features, or one that has no effect."""
+    if head not in HEADS:
+        raise ValueError(f"head={head!r} is unknown: use one of {', '.join(map(repr, HEADS))}")
+    if not equivariant and head != "even":
+        raise ValueError(f"head={head!r} has no effect behind ordinary blocks: leave it out, or use E(X)")
+
+
 class FlopHead:
     """Mixin of timm models: the head of an equivariant network sees invariant features only.
 
@@ -35,11 +43,8 @@ class FlopHead:
     training: bool
 
     def init_head(self, head: str, equivariant: bool, **dd: Any) -> None:
-        """Sizes the classifier for what it sees. Raises ValueError for an unknown choice, or one that has no effect."""
-        if head not in HEADS:
-            raise ValueError(f"head={head!r} is unknown: use one of {', '.join(map(repr, HEADS))}")
-        if not equivariant and head != "even":
-            raise ValueError(f"head={head!r} has no effect behind ordinary blocks: leave it out, or use E(X)")
+        """Sizes the classifier for what it sees. Raises: ValueError as `check_head` does."""
+        check_head(head, equivariant)
         self.equivariant = equivariant
         self.append_abs_odd = head == "even+abs_odd"
         if equivariant and not self.append_abs_odd:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, change_basis, half, join
 from flopeq.layers import FlopAttention, FlopGELU, FlopLayerNorm, FlopMlp, FlopPatchEmbed, FlopPosEmbed
-from flopeq.variants import FlopHead, baseline_of, register, split_point, untrained_cfgs
+from flopeq.variants import FlopHead, baseline_of, check_head, register, split_point, untrained_cfgs
 
 __all__ = ["FlopVisionTransformer"]
 
@@ -161,6 +161,7 @@ def _create(
 ) -> nn.Module:
     kwargs = SIZES[baseline_of(name)] | kwargs
     num_flop_blocks = split_point(name, kwargs["depth"], num_flop_blocks)
+    check_head(head, num_flop_blocks == kwargs["depth"])
     if num_flop_blocks:
         kwargs |= {"num_flop_blocks": num_flop_blocks, "head": head}
     return build_model_with_cfg(

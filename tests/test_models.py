@@ -217,6 +217,7 @@ def test_a_vit_may_pool_its_tokens(pool: str) -> None:
         ("flop_deit3_small_patch16_224", {"global_pool": "map"}, "not equivariant"),
         ("flop_deit3_small_patch16_224", {"head": "odd"}, "head='odd' is unknown"),
         ("flophybrid_deit3_small_patch16_224", {"head": "even+abs_odd"}, "no effect"),
+        ("flophybrid_resmlp_12_224", {"head": "even+abs_odd", "num_flop_blocks": 0}, "no effect"),
         ("flop_resmlp_12_224", {"embed_dim": 15}, "embed_dim is 15"),
         ("flop_convnext_iso_small", {"embed_dim": 18}, "multiple of 4"),
         ("flop_convnext_iso_small", {"img_size": (16, 20)}, "width 20"),
