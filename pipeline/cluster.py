@@ -19,7 +19,7 @@ _DEFAULTS = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU: as Ray will have it, without its warning
-    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin make 2 threads 20 times slower on 2 busy cores
+    "OMP_WAIT_POLICY": "PASSIVE",  # on 2 busy cores, 2 threads that spin reach 51 to 414 images/s, else 550 to 850
 }
 
 
