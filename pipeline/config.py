@@ -24,8 +24,13 @@ class _Section(BaseModel):
 class Data(_Section):
     name: str
     """Name of the data set; its shards lie in `data/shards/<name>`."""
-    source: Path
-    """Folder tree `{train,val}/<class>/*` to shard, relative to the repository."""
+    source: str
+    """Where the images are: ImageNet's archives, Kaggle's folder or zip, a folder tree `{train,val}/<class>/*`, or
+    existing WebDataset shards, the last in a folder or at an fsspec URL. Paths are relative to the repository."""
+    labels: Literal["own", "imagenet"]
+    """`own`: 0 to n-1 in the order of the class names; `imagenet`: the indices of ImageNet's 1,000 classes."""
+    on_bad_image: Literal["error", "skip"]
+    """What an image that cannot be read does: ends the sharding, or is left out and listed in the manifest."""
     image_size: Positive
     """Side of the square training and test images, in pixels."""
     interpolation: Literal["bilinear", "bicubic"]
@@ -36,6 +41,8 @@ class Data(_Section):
     """Standard deviation of the RGB channels, in [0, 1], by which the images are divided."""
     images_per_shard: Positive
     """Images in one tar."""
+    cache_gib: Annotated[float, Field(ge=0)]
+    """Bound, in GiB, of each node's local copies of shards that lie at a URL; 0: none."""
 
     @property
     def shards(self) -> Path:
@@ -103,6 +110,8 @@ class Recipe(_Section):
     """Parameter of cutmix's beta distribution; 0: off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     """Decay of the moving average of the weights, which is then what is validated and kept; None: off."""
+    repeated_augmentation: Positive
+    """Differently augmented copies of an image in an epoch, whose length stays the same; 1: off."""
     test_crop_ratio: Annotated[float, Field(gt=0, le=1)]
     """Side of the test crop over the side of the resized image."""
 
