@@ -6,11 +6,17 @@ import subprocess
 import sys
 
 from pipeline import cluster, config
-from stages import check, main, report
+from stages import check, main, preset, report
 
 
-def run() -> None:
-    """Ends with the status of `dvc repro`. Nothing heavy starts when nothing is to do."""
+def run(*wanted: str) -> None:
+    """Ends with the status of `dvc repro`. Nothing heavy starts when nothing is to do.
+
+    Args:
+        wanted: a preset's name, and what its data.source shall be; nothing: params.yaml as it is.
+    """
+    if wanted:
+        preset.run(*wanted)
     train = config.load().train
     if subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"]).returncode:
         check.run()
