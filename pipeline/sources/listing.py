@@ -1,0 +1,143 @@
+"""A source's images as a table, one row an image, the same names and labels whatever the layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline import imagenet
+
+SPLITS = ("train", "val")
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+PLAIN, STORED, DEFLATED = 0, 1, 2
+"""How an image lies in its file: as it is, or as the member of a zip, stored or deflated."""
+IMAGES = pa.schema([
+    ("name", pa.string()),  # `<split>/<class>/<file>`, the same in every layout; rows are sorted by it
+    ("label", pa.int64()),
+    ("file", pa.string()),  # the file that holds the image, relative to the source's root
+    ("offset", pa.int64()),  # in that file, bytes: of the image, or of its local header in a zip
+    ("size", pa.int64()),  # of the image, bytes
+    ("packed", pa.int64()),  # bytes that it takes in the file: less than `size` if deflated
+    ("zipped", pa.int8()),  # PLAIN, STORED or DEFLATED
+])
+_CHUNK = 1 << 16  # rows that are Python objects at a time
+
+
+class SourceError(ValueError):
+    """The source cannot be read as images; the message names the file or folder, and what to do."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All images of a source."""
+
+    layout: str
+    """What the source was found to be, in words."""
+    classes: list[str]
+    """Names of the classes; a label is a place in this list."""
+    splits: dict[str, pa.Table]
+    """The images of `train` and `val`, each with the columns of IMAGES."""
+    ignored: list[str]
+    """Names of the files that are no images, by their suffix."""
+
+
+@dataclass
+class Collector:
+    """Gathers the images that a layout finds, in any order, into a Listing; holds columns, not objects."""
+
+    layout: str
+    ignored: list[str] = field(default_factory=list)
+    _classes: dict[str, int] = field(default_factory=dict)
+    _trained: set[str] = field(default_factory=set)
+    _rows: dict[str, list[tuple]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    _chunks: dict[str, list[pa.Table]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+
+    def add(
+        self, split: str, label: str, image: str, file: str, *,
+        offset: int = 0, size: int, packed: int | None = None, zipped: int = PLAIN,
+    ) -> None:
+        """Takes the image of that file name and class in; a name without an image's suffix is only noted."""
+        name = f"{split}/{label}/{image}"
+        if os.path.splitext(image)[1].lower() not in IMAGE_SUFFIXES:
+            self.ignored.append(name)
+            return
+        code = self._classes.setdefault(label, len(self._classes))
+        if split == "train":
+            self._trained.add(label)
+        rows = self._rows[split]
+        rows.append((name, code, file, offset, size, size if packed is None else packed, zipped))
+        if len(rows) == _CHUNK:
+            self._flush(split)
+
+    def listing(self, labels: str, expected: Collection[str], told: str) -> Listing:
+        """The listing, once all images are in.
+
+        `expected` are the classes that there must be, and `told` says for people who wants them.
+        Raises: SourceError for a split without images, a class that lacks training images or is not expected,
+        a name that comes twice, or a class that has no label.
+        """
+        for split in SPLITS:
+            self._flush(split)
+            if not self._chunks[split]:
+                raise SourceError(f"{self.layout}: no images in {split}")
+        if missing := set(expected) - self._trained:
+            raise SourceError(f"no training images of {some(missing)}, which {told}")
+        if foreign := self._classes.keys() - set(expected):
+            raise SourceError(f"{some(foreign)}: no such class in what {told}")
+        classes = class_list(self._classes, labels)
+        place = {name: number for number, name in enumerate(classes)}
+        label_of = pa.array([place[name] for name in self._classes], pa.int64())
+        splits = {split: _sorted(self._chunks.pop(split), label_of) for split in SPLITS}
+        return Listing(self.layout, classes, splits, sorted(self.ignored))
+
+    def _flush(self, split: str) -> None:
+        if rows := self._rows[split]:
+            try:
+                columns = zip(zip(*rows, strict=True), IMAGES.types, strict=True)
+                chunk = pa.table([pa.array(column, kind) for column, kind in columns], schema=IMAGES)
+            except UnicodeEncodeError as error:
+                raise SourceError(f"{error.object!r}: a name that is not UTF-8; rename it") from None
+            self._chunks[split].append(chunk)
+            rows.clear()
+
+
+def class_list(found: Iterable[str], labels: str) -> list[str]:
+    """The classes, each at the place that is its label: those found, sorted, or all of ImageNet's.
+
+    Raises: SourceError if `labels` is "imagenet" and a class is none of its 1,000.
+    """
+    classes = sorted(found)
+    if labels == "imagenet" or (len(classes) == 1000 and all(map(imagenet.WNID.fullmatch, classes))):
+        table = list(imagenet.wnids())
+        unknown = set(classes) - set(table)
+        if labels == "imagenet" and unknown:
+            raise SourceError(
+                f"data.labels is imagenet, but {some(unknown)} are none of ImageNet's 1,000 classes, which have names "
+                f"such as {table[0]}: rename the classes, or set data.labels to own"
+            )
+        if not unknown and classes == sorted(table) != table:
+            raise SourceError("timm's table of ImageNet's classes is not in the order of wnids: labels would not match")
+        return table if labels == "imagenet" else classes
+    return classes
+
+
+def some(names: Iterable[str], limit: int = 3) -> str:
+    """The first few of the names, in order, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{', '.join(names[:limit])}{more}"
+
+
+def _sorted(chunks: list[pa.Table], label_of: pa.Array) -> pa.Table:
+    table = pa.concat_tables(chunks)
+    chunks.clear()
+    table = table.take(pc.sort_indices(table["name"])).combine_chunks()
+    names = table["name"].combine_chunks()
+    repeated = pc.equal(names[1:], names[:-1])
+    if pc.any(repeated).as_py():
+        raise SourceError(f"{names[pc.index(repeated, True).as_py()]} comes twice: which of the two is meant?")
+    return table.set_column(1, IMAGES.field("label"), label_of.take(table["label"].combine_chunks()))
