@@ -88,10 +88,14 @@ class Recipe(_Section):
     """Epochs at `min_lr` after the decay, inside `epochs`."""
     loss: Literal["ce", "bce"]
     """Cross-entropy, or binary cross-entropy in which every mixed class counts as 1 (DeiT III)."""
+    mixed_precision: bool
+    """Whether the forward pass runs in the autocast dtype of `train.amp`."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     """Weight of the uniform distribution in the targets."""
     drop_path: Annotated[float, Field(ge=0, lt=1)]
     """Stochastic depth rate."""
+    drop_path_rule: Literal["constant", "linear"]
+    """`constant`: that rate in every block; `linear`: from 0 in the first block to that rate in the last."""
     random_crop_scale: tuple[Fraction, Fraction]
     """Range of the random crop's area, as a fraction of the image's."""
     random_crop_ratio: tuple[float, float]

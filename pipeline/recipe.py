@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import DropPath
 from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -20,11 +21,31 @@ from pipeline.config import ConfigError, Data, Recipe, Run
 def model(run: Run, recipe: Recipe, *, num_classes: int, seed: int, device: str = "cpu") -> nn.Module:
     """A fresh model, its weights a function of the seed alone; torch's global generator is left as it was.
 
-    Raises: ModelError for a model or an argument that does not exist.
+    Raises: ModelError for a model or an argument that does not exist; ConfigError where stochastic depth has no place.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build(run.model, device=device, num_classes=num_classes, drop_path_rate=recipe.drop_path, **run.args)
+        built = build(run.model, device=device, num_classes=num_classes, **run.args)
+    _drop_paths(built, recipe)
+    return built
+
+
+def _drop_paths(model: nn.Module, recipe: Recipe) -> None:
+    """Stochastic depth by the recipe's rule, whatever the rule of the model's family in timm."""
+    if not recipe.drop_path:
+        return
+    places = [
+        [(block, name) for name, _ in block.named_children() if name.startswith("drop_path")]
+        for block in model.modules()
+    ]
+    blocks = list(filter(None, places))
+    if not blocks:
+        raise ConfigError(f"drop_path {recipe.drop_path}: {type(model).__name__} has no blocks to drop: set it to 0")
+    last = max(len(blocks) - 1, 1)
+    for number, branches in enumerate(blocks):
+        rate = recipe.drop_path * (1 if recipe.drop_path_rule == "constant" else number / last)
+        for block, name in branches:
+            setattr(block, name, DropPath(rate))
 
 
 def check(recipe: Recipe, data: Data, workers: int) -> None:

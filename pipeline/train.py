@@ -37,8 +37,12 @@ from pipeline.config import ConfigError, Experiment
 logger = logging.getLogger(__name__)
 
 HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
-_CODE = ("augment", "data", "loop", "recipe")
-_UNFELT = {"keep_checkpoints", "loader_workers"}  # of `train`: what leaves the weights as they are
+_CODE = ("augment", "data", "decode", "loop", "recipe")
+# What leaves the weights as they are; of the data, because the shards' own fingerprint says it.
+_UNFELT = {
+    "train": {"keep_checkpoints", "loader_workers"},
+    "data": {"name", "source", "labels", "on_bad_image", "images_per_shard", "cache_gib"},
+}
 
 
 def train(experiment: Experiment, run_name: str) -> None:
@@ -55,7 +59,7 @@ def train(experiment: Experiment, run_name: str) -> None:
     _model(experiment, run_name, num_classes, device="meta")
     cluster.connect(cpus=settings.workers * settings.cpus_per_worker)
     gpu = _gpu(experiment)
-    place = _Place.of(experiment, run_name, fingerprint(configuration, experiment.data.shards))
+    place = _Place.of(experiment, run_name, fingerprint(configuration, shards))
     note = place.take_up()
 
     from pipeline import track  # not before the run is sure to start: importing MLflow takes seconds
@@ -98,14 +102,17 @@ class _Trainer(TorchTrainer):
         """Ray's handler may exit with status 0. Python's ends the driver, and with it Ray's job."""
 
 
-def fingerprint(configuration: Mapping[str, Any], shards: Path) -> str:
+def fingerprint(configuration: Mapping[str, Any], shards: data.Shards) -> str:
     """A hash of all that the final weights are a function of: configuration, data, code, packages."""
-    felt = {key: value for key, value in configuration["train"].items() if key not in _UNFELT}
-    versions = [version(package) for package in ("ray", "timm", "torch")]
-    digest = hashlib.sha256(json.dumps([{**configuration, "train": felt}, versions], sort_keys=True).encode())
+    felt = {
+        section: {key: value for key, value in configuration[section].items() if key not in unfelt}
+        for section, unfelt in _UNFELT.items()
+    }
+    versions = [version(package) for package in ("ray", "simplejpeg", "timm", "torch")]
+    described = [{**configuration, **felt}, versions, shards.fingerprint]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     here = Path(__file__).parent
-    code = sorted(Path(flopeq.__file__).parent.glob("*.py")) + [here / f"{module}.py" for module in _CODE]
-    for path in (shards / "manifest.json", *code):
+    for path in (*sorted(Path(flopeq.__file__).parent.glob("*.py")), *(here / f"{module}.py" for module in _CODE)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -187,7 +194,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     images = {split: data.IndexedImages(shards, split) for split in ("train", "val")}
     model = _model(experiment, run_name, len(shards.classes)).to(device)
     steps_per_epoch = data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
-    training = loop.Training.start(model, recipe_, steps_per_epoch=steps_per_epoch, amp=settings.amp)
+    amp = settings.amp if recipe_.mixed_precision else "off"
+    training = loop.Training.start(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder, "state.pt"), map_location=device, weights_only=True)
@@ -221,7 +229,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             num_classes=len(shards.classes),
             seed=seed,
             names=images["train"].keys,
-            amp=settings.amp,
+            amp=amp,
             forward=_forward(model, device, compile=settings.compile, world_size=world_size),
             all_reduce=_all_reduce if world_size > 1 else lambda sums: sums,
             **mine,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.layers import DropPath
 
 from pipeline import recipe as recipes
 from pipeline.config import ConfigError, Recipe, Run, load
@@ -86,6 +87,27 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+RUNS = load().models
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_stochastic_depth_follows_the_recipes_rule_in_every_family(recipe, name):
+    def rates(rule: str) -> list[float]:
+        dropping = recipe.model_copy(update={"drop_path": 0.3, "drop_path_rule": rule})
+        built = recipes.model(RUNS[name], dropping, num_classes=10, seed=0, device="meta")
+        return [module.drop_prob for module in built.modules() if isinstance(module, DropPath)]
+
+    branches = 2 if "vit" in name else 1  # places a block; ResMLP and ConvNeXt have one module for all of a block's
+    assert rates("constant") == [0.3] * 3 * branches
+    assert rates("linear") == pytest.approx([rate for rate in (0.0, 0.15, 0.3) for _ in range(branches)])
+
+
+def test_stochastic_depth_without_a_place_for_it_is_refused(recipe):
+    dropping = recipe.model_copy(update={"drop_path": 0.1})
+    with pytest.raises(ConfigError, match="ResNet has no blocks to drop"):
+        recipes.model(Run(model="resnet18", recipe="digits"), dropping, num_classes=10, seed=0, device="meta")
 
 
 def test_the_moving_average_follows_with_the_decay(recipe):
