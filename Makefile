@@ -10,11 +10,14 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: repro verify test test-slow ui lint
+.PHONY: repro plan verify test test-slow ui lint
 
 repro: $(STAMP)  ## train, measure and compare every model of params.yaml, or of PRESET with the images in SOURCE
 	@$(if $(SOURCE),$(if $(PRESET),,$(error SOURCE needs a PRESET: one of $(notdir $(basename $(wildcard presets/*.yaml))))))\
 	  $(IN_VENV) python -m stages.repro $(PRESET) $(if $(SOURCE),"$(SOURCE)")
+
+plan: $(STAMP)  ## what every run would take, with nothing started; IMG_PER_S: training throughput of one GPU
+	@$(IN_VENV) python -m stages.plan $(IMG_PER_S)
 
 verify: $(STAMP)  ## every byte of the shards against their manifest
 	@$(IN_VENV) python -m stages.verify
