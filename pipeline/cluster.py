@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PROBE_S = 5.0
+_TASKS_PER_CPU = 2  # in flight: one runs, the next one waits with its arguments there
 _OBJECT_STORE_BYTES = 200_000_000  # nothing large goes through it: images are read from the shards
 
 # Read by Ray's processes and by the driver; a value that the user has set stays.
@@ -63,6 +69,41 @@ def local(cpus: int = 1) -> Iterator[None]:
         sys.modules["ray"].shutdown()
         os.environ.clear()
         os.environ.update(before)
+
+
+def parallel(
+    function: Callable[[Item], Result], items: Collection[Item], *, in_process: bool
+) -> Iterator[Result]:
+    """`function` of every item, in the order in which they end: Ray tasks of one core each, or one after another here.
+
+    A task whose worker or node dies is started again by Ray, so `function` must bear that. What it raises is
+    raised here, and then, as when the iteration is left early, what is still under way is cancelled.
+    Raises: ClusterError if the cluster does not answer.
+    """
+    if in_process:
+        yield from map(function, items)
+        return
+    connect()
+    import ray
+    from ray.exceptions import RayTaskError
+
+    task = ray.remote(function)
+    at_most = _TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    left, running = iter(items), []
+    try:
+        while True:
+            running += [task.remote(item) for item in itertools.islice(left, at_most - len(running))]
+            if not running:
+                return
+            ended, running = ray.wait(running)
+            try:
+                (result,) = ray.get(ended)
+            except RayTaskError as error:  # Ray's own class hides whose error it is
+                raise error.cause from None
+            yield result
+    finally:
+        for reference in running:
+            ray.cancel(reference)
 
 
 def _start(cpus: int) -> str:
