@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class ConfigError(ValueError):
@@ -56,7 +58,7 @@ class Run(_Section):
     args: dict[str, Any] = {}
     """Keyword arguments of the model; `num_classes` comes from the data."""
     recipe: str
-    """A key of `recipes`."""
+    """A key of `recipes` or of `sweeps.tuned`; the latter may change `args` too."""
     seed: int | None = None
     """Seed of this run; None: the experiment's."""
 
@@ -150,6 +152,118 @@ class Throughput(_Section):
     """Measure through torch.compile."""
 
 
+class Range(_Section):
+    """The values that a sweep may give to one field: exactly one of these."""
+
+    choice: tuple[Any, ...] | None = None
+    """One of these values."""
+    uniform: tuple[float, float] | None = None
+    """Any number from the first to the second."""
+    log_uniform: tuple[float, float] | None = None
+    """The same, every factor as likely as any other."""
+    integer: tuple[int, int] | None = None
+    """A whole number from the first to the second, both included."""
+
+    @model_validator(mode="after")
+    def _is_one_range(self) -> Range:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)}")
+        if self.choice is not None:
+            if not self.choice:
+                raise ValueError("choice needs at least one value")
+        elif self.extremes[0] >= self.extremes[1]:
+            raise ValueError("the first number must be below the second")
+        elif self.log_uniform is not None and self.log_uniform[0] <= 0:
+            raise ValueError("log_uniform needs numbers above 0")
+        return self
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """All values of a choice, the two ends of a range of numbers."""
+        values = (self.choice, self.uniform, self.log_uniform, self.integer)
+        return next(value for value in values if value is not None)
+
+
+class Asha(_Section):
+    grace_epochs: Positive
+    """Epochs that every trial may train before it can be stopped."""
+    reduction_factor: Annotated[int, Field(ge=2)]
+    """One in so many goes on, at `grace_epochs` and at each multiple of it by a power of this."""
+
+
+class Proxy(_Section):
+    """A cheaper stand-in for the data set, which trials train on."""
+
+    image_size: Positive | None
+    """Side of the images in pixels, of the model's `img_size` too; None: the data's."""
+    classes: Annotated[int, Field(ge=2)] | None
+    """So many classes, spread evenly over the list of them; None: all."""
+
+
+class _Sweep(_Section):
+    runs: tuple[str, ...]
+    """Keys of `models`."""
+    seeds: Positive
+    """Every configuration is trained under so many seeds: the run's own and the ones after it."""
+    epochs: Positive | None
+    """Epochs of a trial, warm-up and cooldown shortened in proportion; None: the recipe's."""
+    proxy: Proxy | None
+    """What trials train on instead of the data set; None: the data set."""
+    workers: Positive
+    """Workers of a trial, each with `cpus_per_worker` cores, one per loader process, and a GPU where `train.gpu` says
+    so. One worker is the trial's own process; more are a Ray Train run each."""
+    cpus_per_worker: Positive
+    """CPU cores (and torch threads) of each worker."""
+
+
+class RecipeSweep(_Sweep):
+    space: dict[str, Range]
+    """What is varied: fields of a recipe, and arguments of the model as `args.<name>`."""
+    own_space: dict[str, dict[str, Range]] = {}
+    """Run name -> what is varied for that run besides."""
+    searcher: Literal["optuna", "random", "grid"]
+    """Who suggests configurations: Optuna's TPE, chance, or all combinations of choices and whole numbers in turn."""
+    trials: Positive | None
+    """Configurations per run, the run's own recipe first; None: all of the grid."""
+    round: Positive
+    """Configurations suggested at once. The next ones follow when all of these have ended, and trials are stopped by
+    comparison with earlier rounds only, so that nothing depends on which trial is done first."""
+    asha: Asha | None
+    """When trials are stopped early; None: never."""
+    confirm_seeds: Annotated[int, Field(ge=0)]
+    """Further seeds under which the best configuration meets the run's own recipe again; 0: no confirmation."""
+
+
+class HybridSweep(_Sweep):
+    """Its `runs` are one X or H of each family."""
+
+    splits: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
+    """Numbers of equivariant blocks to try; `all`: from 0 (X) to the depth (E)."""
+    flop_budget: Annotated[float, Field(gt=0, le=1)]
+    """The best split is sought among those with at most this fraction of X's FLOPs."""
+    compile: bool
+    """Measure throughput through torch.compile; batch size, dtype and passes are those of `throughput`."""
+
+
+class Tuned(_Section):
+    """A recipe that a sweep found."""
+
+    base: str
+    """A key of `recipes`: what is overridden."""
+    override: str
+    """A file with the mappings `recipe` and `args`, such as `sweeps/recipe/<run>/best.yaml`."""
+
+
+class Sweeps(_Section):
+    recipe: RecipeSweep
+    """Which recipe suits a model."""
+    hybrid: HybridSweep
+    """Where a hybrid should stop being equivariant."""
+    tuned: dict[Name, Tuned] = {}
+    """Recipe name -> what a sweep found; a run may name these as it names `recipes`."""
+
+
 class Tracking(_Section):
     experiment: str
     """MLflow experiment that holds the runs of this study."""
@@ -159,11 +273,12 @@ class Experiment(_Section):
     seed: int
     """Seed of the data's order and of every run that names none."""
     data: Data
-    models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Run]
+    models: dict[Name, Run]
     """Run name -> what is trained under it."""
-    recipes: dict[str, Recipe]
+    recipes: dict[Name, Recipe]
     train: Train
     throughput: Throughput
+    sweeps: Sweeps
     tracking: Tracking
     storage: str
     """Folder or pyarrow URL under which checkpoints go, as `<storage>/<run>/checkpoints`."""
@@ -175,8 +290,13 @@ class Experiment(_Section):
         return self.models[name]
 
     def recipe(self, name: str) -> Recipe:
-        """The recipe of the run of that name."""
-        return self.recipes[self.run(name).recipe]
+        """The recipe of the run of that name. Raises ConfigError for one that a sweep has yet to find."""
+        recipe = self.run(name).recipe
+        if recipe not in self.recipes:
+            path = self.sweeps.tuned[recipe].override
+            raise ConfigError(f"recipe {recipe!r} of run {name!r} is in {path}, which is not there yet: "
+                              f"run `dvc repro train@{name}`")
+        return self.recipes[recipe]
 
     def seed_of(self, name: str) -> int:
         """The seed of the run of that name."""
@@ -210,13 +330,63 @@ def load(path: Path | str = "params.yaml") -> Experiment:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    if problems := _inconsistent(experiment):
+        raise ConfigError("\n".join(f"{path}: {line}" for line in problems))
+    return _with_tuned(experiment, path.parent)
+
+
+def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some fields changed, checked anew. Raises ConfigError with one line per mistake."""
+    try:
+        return Recipe.model_validate({**recipe.model_dump(), **changes})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, Recipe))) from None
+
+
+def _inconsistent(experiment: Experiment) -> list[str]:
+    """What of the experiment names something that is not there."""
+    sweeps, known, problems = experiment.sweeps, [*experiment.recipes, *experiment.sweeps.tuned], []
     for name, run in experiment.models.items():
-        if run.recipe not in experiment.recipes:
-            raise ConfigError(
-                f"{path}: models.{name}.recipe: no recipe named {run.recipe!r}"
-                f"{nearest(run.recipe, experiment.recipes)}"
-            )
-    return experiment
+        if run.recipe not in known:
+            problems.append(f"models.{name}.recipe: no recipe named {run.recipe!r}{nearest(run.recipe, known)}")
+    for name, tuned in sweeps.tuned.items():
+        if name in experiment.recipes:
+            problems.append(f"sweeps.tuned.{name}: recipes has this name as well")
+        if tuned.base not in experiment.recipes:
+            problems.append(f"sweeps.tuned.{name}.base: no recipe named {tuned.base!r}"
+                            f"{nearest(tuned.base, experiment.recipes)}")
+    for where, names in (("recipe.runs", sweeps.recipe.runs), ("hybrid.runs", sweeps.hybrid.runs)):
+        for name in names:
+            if name not in experiment.models:
+                problems.append(f"sweeps.{where}: no run named {name!r}{nearest(name, experiment.models)}")
+            elif experiment.models[name].recipe in sweeps.tuned:
+                problems.append(f"sweeps.{where}: {name} has a recipe that a sweep found: it needs one of recipes")
+    for name in sweeps.recipe.own_space:
+        if name not in sweeps.recipe.runs:
+            problems.append(f"sweeps.recipe.own_space.{name}: none of sweeps.recipe.runs")
+    if (sweeps.recipe.trials is None) != (sweeps.recipe.searcher == "grid"):
+        problems.append("sweeps.recipe.trials: a number for optuna and random, null for grid")
+    return problems
+
+
+def _with_tuned(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with the recipes that sweeps have found so far, and what they change in the models."""
+    recipes, models = dict(experiment.recipes), dict(experiment.models)
+    for name, tuned in experiment.sweeps.tuned.items():
+        path = folder / tuned.override
+        if not path.is_file():
+            continue
+        override = yaml.safe_load(path.read_text()) or {}
+        if unknown := override.keys() - {"recipe", "args"}:
+            raise ConfigError(f"{path}: unknown: {', '.join(sorted(unknown))}; an override holds recipe and args")
+        try:
+            recipes[name] = overridden(recipes[tuned.base], override.get("recipe") or {})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        for run_name, run in models.items():
+            if run.recipe == name:
+                models[run_name] = run.model_copy(update={"args": {**run.args, **(override.get("args") or {})}})
+    return experiment.model_copy(update={"recipes": recipes, "models": models})
 
 
 def nearest(name: str, known: Any) -> str:
@@ -228,19 +398,24 @@ def nearest(name: str, known: Any) -> str:
     return f"; known: {', '.join(known)}" if len(known) <= 12 else ""
 
 
-_SECTIONS = {"data": Data, "models": Run, "recipes": Recipe, "train": Train,
-             "throughput": Throughput, "tracking": Tracking}
-
-
-def _explain(error: ValidationError) -> list[str]:
+def _explain(error: ValidationError, model: type[BaseModel] = Experiment) -> list[str]:
     lines = []
     for problem in error.errors():
         where = [str(part) for part in problem["loc"] if part != "[key]"]
         if problem["type"] == "extra_forbidden":
-            section = Experiment if len(where) == 1 else _SECTIONS[where[0]]
-            lines.append(f"{'.'.join(where)}: unknown parameter{nearest(where[-1], section.model_fields)}")
+            lines.append(f"{'.'.join(where)}: unknown parameter{nearest(where[-1], _fields(model, where[:-1]))}")
         elif problem["type"] == "missing":
             lines.append(f"{'.'.join(where)}: missing")
         else:
             lines.append(f"{'.'.join(where)}: {problem['msg']}, got {problem['input']!r}")
     return lines
+
+
+def _fields(model: Any, where: list[str]) -> list[str]:
+    """Names of the fields of the section at `where`; none where a value may be of several types."""
+    for part in where:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        inner = field.annotation if field else model
+        model = get_args(inner)[1] if get_origin(inner) is dict else inner
+        model = next((arg for arg in get_args(model) if hasattr(arg, "model_fields")), model)
+    return list(getattr(model, "model_fields", ()))
