@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import imagenet
 
@@ -135,9 +134,9 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 def _sorted(chunks: list[pa.Table], label_of: pa.Array) -> pa.Table:
     table = pa.concat_tables(chunks)
     chunks.clear()
-    table = table.take(pc.sort_indices(table["name"])).combine_chunks()
-    names = table["name"].combine_chunks()
-    repeated = pc.equal(names[1:], names[:-1])
-    if pc.any(repeated).as_py():
-        raise SourceError(f"{names[pc.index(repeated, True).as_py()]} comes twice: which of the two is meant?")
+    table = table.sort_by("name").combine_chunks()
+    if len(table["name"].unique()) < len(table):
+        counts = table["name"].value_counts()
+        repeated = [row["values"] for row in counts.to_pylist() if row["counts"] > 1]
+        raise SourceError(f"{some(repeated)}: there are two of that name; remove or rename one")
     return table.set_column(1, IMAGES.field("label"), label_of.take(table["label"].combine_chunks()))
