@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+from pipeline import store
 from pipeline.sources import archives, kaggle
 from pipeline.sources.archives import Archives
 from pipeline.sources.folder import FolderTree
@@ -60,13 +61,18 @@ class ExistingShards:
     """Folder or fsspec URL."""
     layout: ClassVar[str] = "WebDataset shards"
 
+    def files(self) -> list[tuple[str, int]]:
+        """Names and sizes of the tars, and of a manifest beside them. Raises: ShardError if they cannot be listed."""
+        found = store.find(self.location)
+        return [(name, size) for name, size in found.items() if name.endswith(".tar") or name == "manifest.json"]
+
 
 def detect(source: str) -> Source | ExistingShards:
     """What lies at `source`, without looking through it.
 
     Raises: SourceError, saying what was looked for and what was found.
     """
-    if "://" in source:
+    if store.is_url(source):
         return ExistingShards(source)
     path = Path(source).expanduser()
     if path.is_file():

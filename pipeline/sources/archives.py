@@ -44,22 +44,23 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Archives:
-    """A folder with the three archives."""
+    """A folder with the three archives. Raises: SourceError, naming those that are missing."""
 
     root: Path
     layout: ClassVar[str] = "the official archives"
 
-    def files(self) -> list[tuple[str, int]]:
-        """Names and sizes of the three archives. Raises: SourceError, naming those that are missing."""
+    def __post_init__(self) -> None:
         if missing := [name for name in NEEDED if not (self.root / name).is_file()]:
             wants = " and ".join(f"{name} ({NEEDED[name]})" for name in missing)
             raise SourceError(f"{self.root}: {wants} not found beside the other archives of ImageNet: put it there, as "
                               f"image-net.org has it, unextracted")
+
+    def files(self) -> list[tuple[str, int]]:
+        """Names and sizes of the three archives."""
         return [(name, (self.root / name).stat().st_size) for name in NEEDED]
 
     def scan(self, labels: str) -> Listing:
         """Lists the images. Raises: SourceError for an archive that is cut or is not ImageNet's."""
-        self.files()
         wnid_of, truth = devkit(self.root / DEVKIT)
         found = Collector(self.layout)
         for wnid, images in self._class_tars():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pipeline.sources.folder import sizes, walk
+from pipeline.sources.folder import contents, sizes, walk
 from pipeline.sources.listing import DEFLATED, STORED, Collector, Listing, SourceError, some
 
 CLS_LOC = "ILSVRC/Data/CLS-LOC"
@@ -33,22 +33,29 @@ _ENCRYPTED = 1  # bit of a member's flags
 
 @dataclass(frozen=True)
 class KaggleFolder:
-    """The folder into which Kaggle's zip was extracted."""
+    """The folder into which Kaggle's zip was extracted. Raises: SourceError, naming what is missing."""
 
     root: Path
     layout: ClassVar[str] = "Kaggle's folder"
 
+    def __post_init__(self) -> None:
+        if missing := [name for name in NEEDED if not (self.root / name).exists()]:
+            wants = " and ".join(f"{name} ({NEEDED[name]})" for name in missing)
+            raise SourceError(f"{self.root}: {wants} not found: data.source should be the folder that holds what "
+                              f"Kaggle's zip does, ILSVRC and the LOC_ files")
+        if folders := contents(self.root / VAL)[0]:
+            raise SourceError(f"{self.root / VAL} holds folders ({some(folders)}), where Kaggle has images only: if "
+                              f"they were sorted by class, let data.source name {self.root / CLS_LOC}")
+
     def files(self) -> list[tuple[str, int]]:
-        """Names and sizes of the images and of the two tables. Raises: SourceError, naming what is missing."""
-        self._check()
+        """Names and sizes of the images and of the two tables."""
         found = [(name, (self.root / name).stat().st_size) for name in (SOLUTION, MAPPING)]
         for folder, entries in walk(self.root / TRAIN):
             found += [(f"{TRAIN}/{folder}/{name}", size) for name, size in entries]
         return found + [(f"{VAL}/{name}", size) for name, size in sizes(self.root / VAL)]
 
     def scan(self, labels: str) -> Listing:
-        """Lists the images. Raises: SourceError, naming what is missing or is not as in Kaggle's zip."""
-        self._check()
+        """Lists the images. Raises: SourceError, naming what is not as in Kaggle's zip."""
         found = Collector(self.layout)
         for folder, entries in walk(self.root / TRAIN):
             for image, size in entries:
@@ -58,23 +65,17 @@ class KaggleFolder:
             found.add("val", tables.class_of(image), image, f"{VAL}/{image}", size=size)
         return tables.listing(found, labels)
 
-    def _check(self) -> None:
-        if missing := [name for name in NEEDED if not (self.root / name).exists()]:
-            wants = " and ".join(f"{name} ({NEEDED[name]})" for name in missing)
-            raise SourceError(f"{self.root}: {wants} not found: data.source should be the folder that holds what "
-                              f"Kaggle's zip does, ILSVRC and the LOC_ files")
-        with os.scandir(self.root / VAL) as entries:
-            if folder := next((entry.name for entry in entries if entry.is_dir()), None):
-                raise SourceError(f"{self.root / VAL} holds the folder {folder}, where Kaggle has images only: if they "
-                                  f"were sorted by class, let data.source name {self.root / CLS_LOC}")
-
 
 @dataclass(frozen=True)
 class KaggleZip:
-    """Kaggle's zip as it was downloaded."""
+    """Kaggle's zip as it was downloaded. Raises: SourceError if it has no end, as a download that was broken off."""
 
     path: Path
     layout: ClassVar[str] = "Kaggle's zip"
+
+    def __post_init__(self) -> None:
+        if not zipfile.is_zipfile(self.path):
+            raise SourceError(f"{self.path} is cut, or no zip: copy or download it again")
 
     @property
     def root(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from pipeline import imagenet
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -61,7 +64,7 @@ class Collector:
     ) -> None:
         """Takes the image of that file name and class in; a name without an image's suffix is only noted."""
         name = f"{split}/{label}/{image}"
-        if os.path.splitext(image)[1].lower() not in IMAGE_SUFFIXES:
+        if not is_image(image):
             self.ignored.append(name)
             return
         code = self._classes.setdefault(label, len(self._classes))
@@ -91,6 +94,11 @@ class Collector:
         place = {name: number for number, name in enumerate(classes)}
         label_of = pa.array([place[name] for name in self._classes], pa.int64())
         splits = {split: _sorted(self._chunks.pop(split), label_of) for split in SPLITS}
+        if self._classes.keys() == set(imagenet.wnids() if len(self._classes) == 1000 else ()):
+            for split, images in splits.items():
+                if len(images) != imagenet.COUNTS[split]:
+                    logger.warning("%s: all of ImageNet's classes, but %s images in %s instead of %s",
+                                self.layout, f"{len(images):,}", split, f"{imagenet.COUNTS[split]:,}")
         return Listing(self.layout, classes, splits, sorted(self.ignored))
 
     def _flush(self, split: str) -> None:
@@ -102,6 +110,11 @@ class Collector:
                 raise SourceError(f"{error.object!r}: a name that is not UTF-8; rename it") from None
             self._chunks[split].append(chunk)
             rows.clear()
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its name."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def class_list(found: Iterable[str], labels: str) -> list[str]:
