@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class ConfigError(ValueError):
@@ -43,6 +44,9 @@ class Data(_Section):
     """Images in one tar."""
     cache_gib: Annotated[float, Field(ge=0)]
     """Bound, in GiB, of each node's local copies of shards that lie at a URL; 0: none."""
+    further_val: dict[Name, Path] = {}
+    """Further validation sets for `evaluate`: name -> a folder `<class>/*` of images. Classes are named as the data's,
+    or, where those are ImageNet's 1,000, by their labels, 0 to 999, as in ImageNet-V2 (Recht et al. 2019)."""
 
     @property
     def shards(self) -> Path:
@@ -159,7 +163,7 @@ class Experiment(_Section):
     seed: int
     """Seed of the data's order and of every run that names none."""
     data: Data
-    models: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Run]
+    models: dict[Name, Run]
     """Run name -> what is trained under it."""
     recipes: dict[str, Recipe]
     train: Train

@@ -43,7 +43,7 @@ _CODE = ("augment", "data", "decode", "loop", "recipe")
 # What leaves the weights as they are; of the data, because the shards' own fingerprint says it.
 _UNFELT = {
     "train": {"keep_checkpoints", "loader_workers"},
-    "data": {"name", "source", "labels", "on_bad_image", "images_per_shard", "cache_gib"},
+    "data": {"name", "source", "labels", "on_bad_image", "images_per_shard", "cache_gib", "further_val"},
 }
 
 
