@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -11,9 +10,9 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
@@ -148,7 +147,7 @@ def test_ilsvrc_ids_are_no_labels(images, tmp_path):
 def test_a_class_that_imagenet_lacks_has_no_label_of_its(tmp_path):
     source = layouts.folder_tree(layouts.images(wnids=["tench", "n01443537"]), tmp_path / "source")
     assert scan(source).classes == ["n01443537", "tench"]
-    with pytest.raises(SourceError, match="data.labels is imagenet, but tench .* such as n01440764: .* labels to own"):
+    with pytest.raises(SourceError, match=r"but none of ImageNet.s 1,000 classes, .*, is called tench: .*set data.labels to own"):
         scan(source, "imagenet")
 
 
@@ -182,9 +181,11 @@ def cut_points(path: Path) -> dict[str, int]:
         }
 
 
-PLACES = ("in the first header", "after the first header", "in the first content", "in the padding of the first content",
-          "on the second header", "in the second header", "after the second header", "in the last content",
-          "before the end mark", "in the end mark", "everywhere")
+PLACES = (
+    "in the first header", "after the first header", "in the first content", "in the padding of the first content",
+    "on the second header", "in the second header", "after the second header", "in the last content",
+    "before the end mark", "in the end mark", "everywhere",
+)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -275,6 +276,34 @@ def test_validation_images_without_a_known_class_are_refused(images, tmp_path):
         scan(source)
 
 
+def test_a_name_that_comes_twice_is_refused(images, tmp_path):
+    source = layouts.archives(images, tmp_path / "source")
+    inner = tmp_path / f"{TENCH}.tar"
+    with tarfile.open(inner, "w") as tar:
+        for content in (b"one", b"another"):
+            layouts.add(tar, f"{TENCH}_3.JPEG", content)
+    with tarfile.open(source / layouts.TRAIN_TAR, "w") as tar:
+        for wnid in (TENCH, SPANIEL, TRUCK):
+            layouts.add(tar, f"{wnid}.tar", inner.read_bytes())
+    with pytest.raises(SourceError, match=f"train/{TENCH}/{TENCH}_3.JPEG, .*: there are two of that name"):
+        scan(source)
+
+
+def test_names_of_any_length_and_prefix_are_read_by_the_standard_library(images, tmp_path):
+    source = layouts.archives(images, tmp_path / "source")
+    image = f"{TENCH}_{'long' * 40}.JPEG"
+    with tarfile.open(tmp_path / "inner.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("./folder/"))
+        layouts.add(tar, f"./{image}", b"content")
+    with tarfile.open(source / layouts.TRAIN_TAR) as tar:
+        rest = {member.name: tar.extractfile(member).read() for member in tar}  # pyright: ignore
+    with tarfile.open(source / layouts.TRAIN_TAR, "w") as tar:
+        for name, inner in (rest | {f"{TENCH}.tar": (tmp_path / "inner.tar").read_bytes()}).items():
+            layouts.add(tar, f"./{name}", inner)
+    row = scan(source).splits["train"].to_pylist()[0]
+    assert row["name"] == f"train/{TENCH}/{image}" and content(source, row) == b"content"
+
+
 # Kaggle
 
 
@@ -336,11 +365,12 @@ def test_a_zip_packed_by_another_method_is_refused(images, tmp_path):
 def test_the_order_in_which_a_folder_is_listed_does_not_matter(tree, monkeypatch):
     expected, scandir = scan(tree), os.scandir
 
-    class Reversed(list):
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *_: None  # noqa: E731
+    @contextmanager
+    def reversed_scandir(path):
+        with scandir(path) as entries:
+            yield sorted(entries, key=lambda entry: entry.name, reverse=True)
 
-    monkeypatch.setattr(os, "scandir", lambda path: Reversed(sorted(scandir(path), key=lambda entry: entry.name)[::-1]))
+    monkeypatch.setattr(os, "scandir", reversed_scandir)
     assert scan(tree).splits["train"].equals(expected.splits["train"])
 
 
@@ -436,3 +466,75 @@ def test_a_place_that_holds_no_source_is_told_with_all_that_may(tree, tmp_path):
     (tmp_path / layouts.TRAIN_TAR).touch()
     with pytest.raises(SourceError, match=f"one of ImageNet's archives: let data.source name its folder, {tmp_path}"):
         sources.detect(str(tmp_path / layouts.TRAIN_TAR))
+
+
+# The prepare stage
+
+
+def test_the_summary_changes_with_names_and_sizes_only(images, tmp_path):
+    source = layouts.folder_tree(images, tmp_path / "source")
+
+    def summary() -> dict:
+        return prepare.summary(sources.detect(str(source)))
+
+    before = summary()
+    assert before["layout"] == "a folder tree"
+    assert (before["files"], before["bytes"]) == (len(images), sum(map(len, images.values())))
+    image = source / "train" / TENCH / f"{TENCH}_3.JPEG"
+    os.utime(image, (0, 0))
+    assert summary() == before
+    image.write_bytes(image.read_bytes() + b"more")
+    grown = summary()
+    image.rename(image.with_name("renamed.JPEG"))
+    assert len({entry["sha256"] for entry in (before, grown, summary())}) == 3
+
+
+def test_digits_are_written_once_and_split_by_class(tmp_path):
+    prepare.write_digits(tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg")}
+    counts = Counter(path.parts[-3] for path in written)
+    assert counts == {"train": 1437, "val": 360}
+    of_class = Counter(path.parts[-2] for path in written if "val" in path.parts)
+    assert len(of_class) == 10 and set(of_class.values()) <= {35, 36, 37}
+    with Image.open(min(written)) as image:
+        assert image.size == (32, 32)
+
+    gone, kept = sorted(written)[:2]
+    image = gone.read_bytes()
+    gone.unlink()
+    before = sources.detect(str(tmp_path)).files()
+    prepare.write_digits(tmp_path)
+    assert gone.read_bytes() == image
+    assert kept.stat().st_mtime_ns == written[kept]
+    assert sources.detect(str(tmp_path)).files() != before
+
+
+def test_digits_do_not_mix_with_images_of_others(images, tmp_path):
+    layouts.folder_tree(images, tmp_path)
+    with pytest.raises(ConfigError, match=r"train/.*JPEG is none of the digits"):
+        prepare.write_digits(tmp_path)
+    assert not list(tmp_path.rglob("*.jpg"))
+
+
+def prepared(root: Path, folder: Path, source: str) -> subprocess.CompletedProcess[str]:
+    """The prepare stage, run in a folder for that source."""
+    params = (root / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(
+        params.replace("name: digits ", "name: mine ").replace("data/source/digits", source))
+    return subprocess.run([sys.executable, "-m", "stages.prepare"], cwd=folder,
+                          env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True)
+
+
+def test_the_prepare_stage_says_what_it_found(root, images, tmp_path):
+    layouts.archives(images, tmp_path / "imagenet")
+    ended = prepared(root, tmp_path, "imagenet")
+    assert ended.returncode == 0
+    assert ended.stderr == "imagenet: the official archives, 3 files, 0.1 MB\n" and not ended.stdout
+    assert json.loads((tmp_path / "data" / "source.json").read_text())["layout"] == "the official archives"
+
+
+def test_a_missing_source_is_told_on_the_command_line(root, tmp_path):
+    ended = prepared(root, tmp_path, "data/source/mine")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: missing data folder: data/source/mine not found. Set data.source")
+    assert "Traceback" not in ended.stderr and not (tmp_path / "data").exists()

@@ -153,10 +153,10 @@ def members(path: Path, inner: Member | None = None) -> Iterator[Member]:
 
 def _check_end(file: io.BufferedReader, offset: int, end: int, whole: str) -> None:
     """Raises: SourceError if what stands from `offset`, where no header is, to `end` is not a tar's end."""
+    if end - offset < _BLOCK:
+        raise SourceError(f"{whole} is cut, before byte {offset + _BLOCK:,}: it has no end mark; {_AGAIN}")
     file.seek(offset)
     rest = file.read(min(end - offset, _PADDING))
-    if len(rest) < _BLOCK:
-        raise SourceError(f"{whole} is cut, after byte {offset:,}: it has no end mark; {_AGAIN}")
     if any(rest) or offset + len(rest) < end:
         raise SourceError(f"{whole} is damaged at byte {offset:,}, where a header should be: {_AGAIN}")
 

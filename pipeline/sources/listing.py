@@ -128,8 +128,8 @@ def class_list(found: Iterable[str], labels: str) -> list[str]:
         unknown = set(classes) - set(table)
         if labels == "imagenet" and unknown:
             raise SourceError(
-                f"data.labels is imagenet, but {some(unknown)} are none of ImageNet's 1,000 classes, which have names "
-                f"such as {table[0]}: rename the classes, or set data.labels to own"
+                f"data.labels is imagenet, but none of ImageNet's 1,000 classes, such as {table[0]}, is called "
+                f"{some(unknown)}: rename the classes, or set data.labels to own"
             )
         if not unknown and classes == sorted(table) != table:
             raise SourceError("timm's table of ImageNet's classes is not in the order of wnids: labels would not match")
