@@ -73,7 +73,7 @@ def list_models(as_json: Json = False) -> None:
 @app.command()
 def complexity(words: Words, image_size: ImageSize = None, as_json: Json = False) -> None:
     """Count parameters and operations per image, in the paper's convention."""
-    names, args = _parse(words)
+    names, args = parse(words)
     rows = []
     for name in names:
         model = build(name, device="meta", **args)
@@ -100,7 +100,7 @@ def throughput(
     On a GPU by the paper's protocol: batch 64, compiled, float16 autocast, 10 warm-up and 100 timed passes.
     On a CPU the same with smaller counts in float32.
     """
-    names, args = _parse(words)
+    names, args = parse(words)
     on = _device(device)
     amp = None if dtype is None else getattr(torch, dtype)
     given = {"batch_size": batch_size, "warmup": warmup, "runs": runs, "dtype": amp}
@@ -148,7 +148,7 @@ def equivariance(
     Errors are relative to the largest value; those of an equivariant network are rounding errors. Noise is
     added to fresh weights, which are zero in places; those of checkpoint_path=FILE are taken as they are.
     """
-    names, args = _parse(words)
+    names, args = parse(words)
     on = _device(device)
     rows = []
     for name in names:
@@ -188,7 +188,7 @@ def convert(
     _show([row], as_json)
 
 
-def _parse(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+def parse(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Splits model names from `key=value` arguments, whose values are Python literals or else strings."""
     names = list(dict.fromkeys(word for word in words if "=" not in word))
     if not names:

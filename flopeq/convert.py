@@ -22,7 +22,7 @@ from torch import Tensor
 from flopeq.build import build, nearest
 from flopeq.registry import MODELS, describe
 
-__all__ = ["convert_authors_state_dict", "convert_checkpoint", "load_authors_checkpoint"]
+__all__ = ["convert_authors_state_dict", "convert_checkpoint", "load_authors_checkpoint", "shown_args"]
 
 Tensors = dict[str, Tensor]
 
@@ -326,7 +326,7 @@ def convert_checkpoint(source: Path, model_name: str, target: Path) -> Tensors:
     """
     try:
         tensors = convert_authors_state_dict(load_authors_checkpoint(source), model_name)
-        model_args = _model_args(tensors, model_name)
+        model_args = shown_args(tensors, model_name)
         build(model_name, device="meta", **model_args).load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
@@ -336,7 +336,7 @@ def convert_checkpoint(source: Path, model_name: str, target: Path) -> Tensors:
     return tensors
 
 
-def _model_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
+def shown_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
     """Arguments of `timm.create_model` that its tensors show. ResMLPs are taken to be of square images."""
     info = MODELS[model_name]
     num_classes, num_features = tensors["head.weight"].shape

@@ -45,6 +45,9 @@ class Data(_Section):
     """Images in one tar."""
     cache_gib: Annotated[float, Field(ge=0)]
     """Bound, in GiB, of each node's local copies of shards that lie at a URL; 0: none."""
+    further_val: dict[Name, Path] = {}
+    """Further validation sets for `evaluate`: name -> a folder `<class>/*` of images. Classes are named as the data's,
+    or, where those are ImageNet's 1,000, by their labels, 0 to 999, as in ImageNet-V2 (Recht et al. 2019)."""
 
     @property
     def shards(self) -> Path:

@@ -7,31 +7,28 @@ image follows its place (pipeline/augment.py), so any world size, and a resumed 
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-import os
-import resource
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from pipeline import augment
 from pipeline.config import Data, Recipe
+from pipeline.decode import decode
+from pipeline.store import DAMAGED, Part, ShardError, is_url, open_store, read_manifest
 
 _FETCHED_AHEAD = 4  # batches that each loader process prepares in advance
 _ERASING, _MIXING = 1, 2  # what a seed is for, beside the crop
-
-
-class ShardError(ValueError):
-    """A shard, an index or the manifest is missing or altered; the message says which, and what to do."""
+_HEADER = tarfile.BLOCKSIZE  # bytes: the last block before a member's content names it
+_CUT = 99  # bytes of a name that fit into that block; longer ones stand in blocks before it
 
 
 class Batch(NamedTuple):
@@ -50,32 +47,23 @@ class Batch(NamedTuple):
 class Shards:
     """A folder of shards that is complete: every file in its manifest is there, with its size.
 
-    Contents are compared with their hashes by `pipeline.shard.verify`, which takes longer.
+    The tars lie beside the manifest, or where its `location` says: a folder (relative to the manifest's) or an
+    fsspec URL. Contents are compared with their hashes by pipeline/verify.py, which takes longer.
+
+    Args:
+        cache_gib: bound of this node's copies of shards at a URL, in GiB; 0: none are made.
     Raises: ShardError, naming the file.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, cache_gib: float = 0) -> None:
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
-        try:
-            self.manifest: dict[str, Any] = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ShardError(f"{path} not found: run `dvc repro shard` to write the shards") from None
-        except ValueError:
-            raise ShardError(f"{path} is not valid JSON: {remedy(path)}") from None
-        for name, entry in self.files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise ShardError(f"{path} is in the manifest but missing: run `dvc repro shard` to write it")
-            size = path.stat().st_size
-            if size != entry["size"]:
-                sizes = f"{size} bytes, not {entry['size']}"
-                raise ShardError(f"{path} does not match its manifest ({sizes}): {remedy(path)}")
-
-    @property
-    def files(self) -> dict[str, dict[str, Any]]:
-        """Tars and indices: name -> size in bytes and sha256."""
-        return self.manifest["shards"] | self.manifest["indices"]
+        self.manifest = read_manifest(self.folder)
+        open_store(self.folder, self.manifest["indices"]).check()
+        location = self.manifest.get("location") or "."
+        self.store = open_store(
+            location if is_url(location) else self.folder / location, self.manifest["shards"], cache_gib=cache_gib
+        )
+        self.store.check()
 
     @property
     def classes(self) -> list[str]:
@@ -87,29 +75,37 @@ class Shards:
         """Classes, and so outputs of a model."""
         return len(self.classes)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what training can see of the shards: classes, images and their order, wherever they lie."""
+        files = self.manifest["shards"] | self.manifest["indices"]
+        seen = [self.classes, self.manifest["counts"], {name: entry["sha256"] for name, entry in files.items()}]
+        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+
     def num_images(self, split: str) -> int:
         """Images of `train` or `val`."""
         return self.manifest["counts"][split]
 
 
-def remedy(path: Path) -> str:
-    """What to do about a damaged file of the shards."""
-    return f"delete {path} and run `dvc repro shard`"
-
-
 class IndexedImages(Dataset):
     """One split as a map-style data set: `images[row]` is (uint8 (3, H, W), label), in the index's order.
 
-    Reads by offset from descriptors that stay open, so processes may fork or be spawned at any time.
-    Raises: ShardError for a JPEG that does not decode.
+    Any sampler of torch's or timm's may choose the rows; a DataLoader reads each batch of them in one go. It can be
+    forked and pickled at any time.
+
+    Args:
+        transform: what samplers' users do to each image; None: nothing. `train_batches` has its own.
+    Raises: ShardError where a shard holds something else than the index says, or an image does not decode.
     """
 
-    def __init__(self, shards: Shards | Path | str, split: str) -> None:
+    def __init__(
+        self, shards: Shards | Path | str, split: str, transform: Callable[[Tensor], Any] | None = None
+    ) -> None:
         self.shards = shards if isinstance(shards, Shards) else Shards(shards)
-        self.split = split
+        self.split, self.transform = split, transform
         index = pq.read_table(self.shards.folder / f"{split}.index.parquet", read_dictionary=["shard"])
         shard = index["shard"].combine_chunks()
-        self._key = index["key"]
+        self._key = index["key"].combine_chunks()
         self._names: list[str] = shard.dictionary.to_pylist()
         self._shard = shard.indices.to_numpy()
         self._offset = index["offset"].to_numpy()
@@ -120,46 +116,80 @@ class IndexedImages(Dataset):
     def __len__(self) -> int:
         return len(self._size)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        jpeg = torch.frombuffer(bytearray(self.jpeg(row)), dtype=torch.uint8)
-        try:  # deprecated by torchvision; PIL's takes 1.5 (photos) to 2.2 (digits) times as long (1 core)
-            image = decode_jpeg(jpeg, mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            path = self.shards.folder / self._names[self._shard[row]]
-            (key,) = self.keys([row])
-            raise ShardError(f"{key} in {path} does not decode ({error}): {remedy(path)}") from None
-        return cast(Tensor, image), int(self.labels[row])
+    def __getitem__(self, row: int) -> tuple[Any, int]:
+        return self.__getitems__([row])[0]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_descriptors"}
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, int]]:
+        return [
+            (self.decode(row, jpeg) if self.transform is None else self.transform(self.decode(row, jpeg)), label)
+            for row, jpeg, label in zip(rows, self.jpegs(rows), self.labels[rows].tolist(), strict=True)
+        ]
 
-    def jpeg(self, row: int) -> bytes:
-        """The JPEG as it lies in the tar."""
-        descriptor = self._descriptors[self._shard[row]]
-        return os.pread(descriptor, int(self._size[row]), int(self._offset[row]))
+    def jpegs(self, rows: Sequence[int]) -> list[bytes]:
+        """The JPEGs as they lie in the tars, each with the tar header before it compared with the index."""
+        parts = [
+            Part(self._names[self._shard[row]], int(self._offset[row]) - _HEADER, int(self._size[row]) + _HEADER)
+            for row in rows
+        ]
+        contents = self.shards.store.read_all(parts)
+        for row, content in zip(rows, contents, strict=True):
+            self._compare(row, content[:_HEADER])
+        return [content[_HEADER:] for content in contents]
+
+    def decode(self, row: int, jpeg: bytes) -> Tensor:
+        """uint8 (3, H, W) of the JPEG of that row."""
+        try:
+            return decode(jpeg)
+        except ValueError as error:
+            raise ShardError(f"{self._where(row)} does not decode ({error}): {DAMAGED}") from None
 
     def keys(self, rows: Sequence[int] | Tensor) -> list[str]:
         """Keys of the images in the tars, `<split>/<class>/<name>`, for people."""
         return [self._key[int(row)].as_py() for row in rows]
 
-    @cached_property
-    def _descriptors(self) -> list[int]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        needed = len(self._names) + 512
-        if soft < needed:  # 1,024 is a common limit, and ImageNet has as many shards
-            with contextlib.suppress(ValueError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
-        return [os.open(self.shards.folder / name, os.O_RDONLY) for name in self._names]
+    def _compare(self, row: int, header: bytes) -> None:
+        """Raises ShardError unless this is the tar header of the row's image."""
+        (key,), size = self.keys([row]), self._size[row]
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            found = "no header of a tar's member"
+        else:
+            if member.size == size and _names(member.name, key):
+                return
+            found = f"{member.name} of {member.size} bytes"
+        expected = f"the index expects {key} of {size} bytes at byte {self._offset[row]}"
+        raise ShardError(f"{self._where(row)}: {expected}, found {found}: {DAMAGED}")
 
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.pop("_descriptors", ()):
-            os.close(descriptor)
+    def _where(self, row: int) -> str:
+        return self.shards.store.where(self._names[self._shard[row]])
 
 
-def epoch_order(num: int, *, seed: int, epoch: int) -> Tensor:
-    """(num,) int64: a permutation of the rows, new in every epoch."""
+def _names(name: str, key: str) -> bool:
+    """Whether a tar header's name is that of a key's JPEG, as far as the header holds it."""
+    header = name.encode("utf-8", "surrogateescape")
+    # What is not ASCII is replaced where a PAX header holds the name itself.
+    forms = (f"{key}.".encode(), f"{key}.".encode("ascii", "replace"))
+    return any(
+        header.startswith(form) or len(header) >= _CUT and form.startswith(header) for form in forms
+    )
+
+
+def epoch_order(num: int, *, seed: int, epoch: int, copies: int = 1, global_batch_size: int = 1) -> Tensor:
+    """(num,) int64, the rows of an epoch in their order: a permutation, new in every epoch, if `copies` is 1.
+
+    Repeated augmentation (Hoffer et al. 2020; Berman et al. 2019): otherwise each of the first num / copies images
+    of the permutation comes `copies` times, in the same global batch but where its end comes between. A batch holds
+    all first copies, then all second ones, and so on: an image's copies are at least G // copies places apart, and so
+    neither neighbours, which mixup would pair, nor on the same one of `copies` or more ranks.
+    """
     generator = torch.Generator().manual_seed(augment.fold(seed, epoch))
-    return torch.randperm(num, generator=generator)
+    order = torch.randperm(num, generator=generator)
+    if copies == 1:
+        return order
+    place = torch.arange(num)
+    by_copy = (place // global_batch_size * copies + place % copies).argsort(stable=True)
+    return order[by_copy // copies]
 
 
 def steps_per_epoch(num: int, global_batch_size: int) -> int:
@@ -174,28 +204,34 @@ def steps_per_epoch(num: int, global_batch_size: int) -> int:
 
 def train_batches(
     images: IndexedImages, recipe: Recipe, data: Data, *, seed: int, epoch: int, rank: int = 0,
-    world_size: int = 1, start_step: int = 0, loader_workers: int = 0, device: torch.device | str = "cpu",
+    world_size: int = 1, start_step: int = 0, accumulated: int = 1, loader_workers: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """This rank's part of every global batch of an epoch from `start_step` on, augmented.
+    """This rank's part of every global batch of an epoch from `start_step` on, augmented, in `accumulated` pieces.
 
-    Raises: ValueError if the global batch does not divide among the ranks, or the data does not fill one.
+    Raises: ValueError if the global batch does not divide among the ranks and pieces, does not hold two images with
+    all their copies, or the data does not fill one.
     """
-    size = recipe.global_batch_size
-    if size % world_size:
-        raise ValueError(f"global_batch_size {size} does not divide among {world_size} workers")
-    share = size // world_size
-    order = epoch_order(len(images), seed=seed, epoch=epoch)
+    size, copies = recipe.global_batch_size, recipe.repeated_augmentation
+    if size % (world_size * accumulated):
+        pieces = f", {accumulated} pieces each" if accumulated > 1 else ""
+        raise ValueError(f"global_batch_size {size} does not divide among {world_size} workers{pieces}")
+    if copies > 1 and size < 2 * copies:
+        raise ValueError(f"global_batch_size {size} does not hold {copies} copies (repeated_augmentation) of 2 images")
+    order = epoch_order(len(images), seed=seed, epoch=epoch, copies=copies, global_batch_size=size)
+    share, piece = size // world_size, size // (world_size * accumulated)
     steps = range(start_step, steps_per_epoch(len(images), size))
-    places = [range(step * size + rank * share, step * size + (rank + 1) * share) for step in steps]
-    fetch = _Fetch(images, augment.train_transform(recipe, data), order, seed=augment.fold(seed, epoch))
+    starts = [step * size + rank * share + part * piece for step in steps for part in range(accumulated)]
+    places = [range(start, start + piece) for start in starts]
+    fetch = Fetch(images, augment.train_transform(recipe, data), order, seed=augment.fold(seed, epoch))
     normalize, erase = augment.Normalize(data, device), augment.Erase(recipe)
-    fetched = _load(fetch, places, loader_workers, device)
-    for step, part, (pixels, labels) in zip(steps, places, fetched, strict=True):
+    for part, (pixels, labels) in zip(places, _load(fetch, places, loader_workers, device), strict=True):
         inputs = normalize(pixels)
         if recipe.random_erasing:
             erase(inputs, (augment.fold(fetch.seed, place, _ERASING) for place in part))
         labels = labels.to(device, non_blocking=True)
-        yield Batch(inputs, labels, order[part.start : part.stop], augment.fold(fetch.seed, step, _MIXING))
+        mixing = augment.fold(fetch.seed, part.start // size, _MIXING)
+        yield Batch(inputs, labels, order[part.start : part.stop], mixing)
 
 
 def val_batches(
@@ -209,14 +245,14 @@ def val_batches(
     num = len(images)
     first, last = (num * part // world_size for part in (rank, rank + 1))
     places = [range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
-    fetch = _Fetch(images, augment.eval_transform(recipe, data), torch.arange(num), seed=0)
+    fetch = Fetch(images, augment.eval_transform(recipe, data), torch.arange(num), seed=0)
     normalize = augment.Normalize(data, device)
     for part, (pixels, labels) in zip(places, _load(fetch, places, loader_workers, device), strict=True):
         labels = labels.to(device, non_blocking=True)
         yield Batch(normalize(pixels), labels, fetch.order[part.start : part.stop], 0)
 
 
-class _Fetch(Dataset):
+class Fetch(Dataset):
     """places -> (uint8 (B, 3, H, W), labels (B,)), each image with the generators set for its place."""
 
     def __init__(self, images: IndexedImages, transform: v2.Compose, order: Tensor, *, seed: int) -> None:
@@ -224,20 +260,22 @@ class _Fetch(Dataset):
 
     def __getitem__(self, places: range) -> tuple[Tensor, Tensor]:
         rows = self.order[places.start : places.stop]
-        pixels = []
+        jpegs = self.images.jpegs(rows.tolist())
+        pixels_BHWC = []
         with augment.borrowed_generators():
-            for place, row in zip(places, rows.tolist(), strict=True):
+            for place, row, jpeg in zip(places, rows.tolist(), jpegs, strict=True):
                 augment.reseed(augment.fold(self.seed, place))
-                pixels.append(self.transform(self.images[row][0]))
-        return torch.stack(pixels), self.images.labels[rows]
+                pixels_BHWC.append(self.transform(self.images.decode(row, jpeg)).permute(1, 2, 0))
+        return torch.stack(pixels_BHWC).permute(0, 3, 1, 2), self.images.labels[rows]
 
 
 def _load(
-    fetch: _Fetch, places: list[range], loader_workers: int, device: torch.device | str
+    fetch: Fetch, places: list[range], loader_workers: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if not loader_workers:
         return (fetch[part] for part in places)
     return iter(DataLoader(
         fetch, batch_size=None, sampler=places, num_workers=loader_workers, prefetch_factor=_FETCHED_AHEAD,
         pin_memory=torch.device(device).type == "cuda",
+        generator=torch.Generator(),  # else it draws a seed, which nothing here uses, from the global one
     ))

@@ -10,6 +10,8 @@ from functools import cache
 
 WNID = re.compile(r"n\d{8}")
 """A WordNet synset: part of speech, then offset."""
+COUNTS = {"train": 1_281_167, "val": 50_000}
+"""Images of each split."""
 
 
 @cache

@@ -1,8 +1,8 @@
 """The training loop of one worker: no Ray, no MLflow, no files.
 
-An epoch is a pure function of the state before it: order and augmentation come from (seed, epoch) with the
-batches, and dropout's generator is seeded anew from (seed, epoch, rank). A checkpoint therefore needs no
-generator state, and a run that goes on from one ends with the weights of a run that was never interrupted.
+A step is a pure function of the state before it: order and augmentation come with the batches, and what is random in
+the model is seeded anew from (seed, step, rank). A checkpoint therefore needs no generator state, and a run that goes
+on from one, in the middle of an epoch too, ends with the weights of a run that was never interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from pipeline import recipe as recipes
 from pipeline.config import Recipe
 from pipeline.data import Batch
 
+PLAIN, EMA = "plain", "ema"
+"""Names of the weights themselves, and of their moving average."""
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AllReduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over the workers."""
@@ -47,7 +50,7 @@ class NonFiniteLoss(ArithmeticError):
 
 @dataclass
 class Best:
-    """The best epoch so far by validation top-1; epoch -1: the initial weights."""
+    """The best epoch so far by validation top-1, and its weights; epoch -1: the initial ones."""
 
     epoch: int
     top1_pct: float
@@ -56,37 +59,47 @@ class Best:
 
 @dataclass
 class Training:
-    """A training between two epochs: everything that a checkpoint holds."""
+    """A training between two steps: everything that a checkpoint holds."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
     ema: Any
-    best: Best
+    best: dict[str, Best]
+    """Of each of `judged`."""
     steps_per_epoch: int
     epoch: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    """Of the steps of this epoch that are done."""
     history: list[dict[str, float]] = field(default_factory=list)
+    """A row for each epoch that is done."""
 
     @classmethod
     def start(cls, model: nn.Module, recipe: Recipe, *, steps_per_epoch: int, amp: str) -> Training:
         """The state before the first epoch. The model must already be on its device."""
         optimizer = recipes.optimizer(recipe, model)
         device = next(model.parameters()).device.type
+        ema = recipes.ema(recipe, model)
         return cls(
             model,
             optimizer,
             recipes.scheduler(recipe, optimizer, steps_per_epoch),
             torch.amp.GradScaler(device, enabled=amp == "fp16"),
-            recipes.ema(recipe, model),
-            Best(-1, -math.inf, weights_of(model)),
+            ema,
+            {name: Best(-1, -math.inf, weights_of(model)) for name in judged(recipe)},
             steps_per_epoch,
         )
 
     @property
-    def judged(self) -> nn.Module:
-        """The model that is validated and kept: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+    def judged(self) -> dict[str, nn.Module]:
+        """What is validated and kept: the model, and its moving average where there is one."""
+        return {PLAIN: self.model} | ({} if self.ema is None else {EMA: self.ema.module})
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done, over all epochs."""
+        return self.epoch * self.steps_per_epoch + len(self.losses)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings, lists and dicts only, as `torch.load(weights_only=True)` wants."""
@@ -97,13 +110,15 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "losses": [loss.item() for loss in self.losses],
             "history": self.history,
-            "best": {"epoch": self.best.epoch, "top1_pct": self.best.top1_pct},
+            "best": {name: {"epoch": best.epoch, "top1_pct": best.top1_pct} for name, best in self.best.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any], best_weights: dict[str, Tensor]) -> None:
-        """Takes up a training where `state_dict` left it."""
+    def load_state_dict(self, state: dict[str, Any], best_weights: dict[str, dict[str, Tensor]]) -> None:
+        """Takes up a training where `state_dict` left it; the best weights are kept apart, as they rarely change."""
         self.epoch = state["epoch"]
+        self.losses = list(torch.tensor(state["losses"], device=next(self.model.parameters()).device))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -111,33 +126,39 @@ class Training:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         self.history = state["history"]
-        self.best = Best(weights=best_weights, **state["best"])
+        self.best = {name: Best(weights=best_weights[name], **best) for name, best in state["best"].items()}
 
 
 def fit(
     training: Training,
     recipe: Recipe,
     *,
-    train_batches: Callable[[int], Iterable[Batch]],
+    train_batches: Callable[[int, int], Iterable[Batch]],
     val_batches: Callable[[], Iterable[Batch]],
     on_epoch: Callable[[Training], None],
+    on_step: Callable[[Training], None] = lambda training: None,
     num_classes: int,
     seed: int,
     names: Callable[[Tensor], list[Any]] = Tensor.tolist,
     amp: str = "off",
     forward: Callable[[Tensor], Tensor] | None = None,
+    accumulated: int = 1,
+    no_sync: Callable[[], AbstractContextManager] = nullcontext,
     rank: int = 0,
     world_size: int = 1,
     all_reduce: AllReduce = lambda sums: sums,
 ) -> None:
-    """Trains from `training.epoch` to the recipe's last epoch; `on_epoch` sees the state after each.
+    """Trains from where `training` stands to the recipe's last epoch.
 
     Args:
-        train_batches: this worker's slices of an epoch's global batches, on the model's device.
+        train_batches: of an epoch, from a step of it on: this worker's slices of its global batches, each in
+            `accumulated` parts of one size, on the model's device.
         val_batches: this worker's part of the validation images, there too.
+        on_epoch, on_step: see the state after each epoch, and after each step within one.
         names: what to call the images of `Batch.rows` when they make the loss infinite.
         amp: a key of AMP_DTYPES.
         forward: the model as it is to be called (compiled, wrapped in DDP); None: the model itself.
+        no_sync: a context in which gradients stay on their worker, for all parts but a step's last.
     Raises: NonFiniteLoss, on every worker at the same step, at the latest one step after it happened.
     """
     device = next(training.model.parameters()).device
@@ -145,38 +166,43 @@ def fit(
     mix = augment.batch_transform(recipe, num_classes)
     forward = training.model if forward is None else forward
     for epoch in range(training.epoch, recipe.epochs):
-        torch.manual_seed(augment.fold(seed, epoch, rank))
         training.model.train()
         training.scheduler.step(epoch)
-        started, images, losses, pending = time.perf_counter(), 0, [], None
-        for number, batch in enumerate(train_batches(epoch)):
-            step = epoch * training.steps_per_epoch + number
+        started, images, pending = time.perf_counter(), 0, None
+        batches = iter(train_batches(epoch, len(training.losses)))
+        while len(training.losses) < training.steps_per_epoch:
+            step, parts, rows = training.step, [], []
+            _seed(device, augment.fold(seed, step, rank))
             training.scheduler.step_update(step)
-            inputs, targets = mix(batch.images, batch.labels, batch.seed)
-            with autocast(device, amp):
-                loss = loss_fn(forward(inputs), targets)
-            _update(training, recipe, loss, step)
-            mean = all_reduce(loss.detach().clone()) / world_size
+            training.optimizer.zero_grad(set_to_none=True)
+            for part in range(accumulated):
+                batch = next(batches)
+                inputs, targets = mix(batch.images, batch.labels, batch.seed)
+                with nullcontext() if part == accumulated - 1 else no_sync():
+                    with autocast(device, amp):
+                        loss = loss_fn(forward(inputs), targets) / accumulated
+                    training.scaler.scale(loss).backward()
+                parts.append(loss.detach())
+                rows.append(batch.rows)
+                images += len(inputs) * world_size
+            _update(training, recipe, step)
+            mean = all_reduce(torch.stack(parts).sum()) / world_size
             _check(pending, names)  # of the step before: reading this one's would wait for the device
-            pending = (mean, epoch, step, training.optimizer.param_groups[0]["lr"], batch.rows)
-            losses.append(mean)
-            images += len(inputs) * world_size
+            pending = (mean, epoch, step, training.optimizer.param_groups[0]["lr"], torch.cat(rows))
+            training.losses.append(mean)
+            on_step(training)
         _check(pending, names)
-        train_loss = torch.stack(losses).mean().item()
+        train_loss = torch.stack(training.losses).mean().item()
         seconds = time.perf_counter() - started
-        val = evaluate(training.judged, val_batches(), amp=amp, all_reduce=all_reduce)
-        training.epoch = epoch + 1
-        training.history.append({
-            "epoch": epoch,
-            "lr": training.optimizer.param_groups[0]["lr"],
-            "train/loss": train_loss,
-            "val/loss": val.loss,
-            "val/top1_pct": val.top1_pct,
-            "val/top5_pct": val.top5_pct,
-            "perf/img_per_s": images / seconds,
-        })
-        if val.top1_pct > training.best.top1_pct:
-            training.best = Best(epoch, val.top1_pct, weights_of(training.judged))
+        row = {"epoch": epoch, "lr": training.optimizer.param_groups[0]["lr"], "train/loss": train_loss}
+        for name, model in training.judged.items():
+            val = evaluate(model, val_batches(), amp=amp, all_reduce=all_reduce)
+            prefix = "val/" if name == PLAIN else f"val/{name}_"
+            row |= {f"{prefix}{metric}": value for metric, value in val._asdict().items()}
+            if val.top1_pct > training.best[name].top1_pct:
+                training.best[name] = Best(epoch, val.top1_pct, weights_of(model))
+        training.history.append(row | {"perf/img_per_s": images / seconds})
+        training.epoch, training.losses = epoch + 1, []
         on_epoch(training)
 
 
@@ -214,10 +240,20 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
 
 
-def _update(training: Training, recipe: Recipe, loss: Tensor, step: int) -> None:
-    """One optimizer step down the gradient of the loss."""
-    training.optimizer.zero_grad(set_to_none=True)
-    training.scaler.scale(loss).backward()
+def judged(recipe: Recipe) -> tuple[str, ...]:
+    """Names of what a training with that recipe validates and keeps."""
+    return (PLAIN,) if recipe.ema_decay is None else (PLAIN, EMA)
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Sets the generators that a model on that device draws from (torch.manual_seed looks for accelerators: 155 us)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _update(training: Training, recipe: Recipe, step: int) -> None:
+    """One optimizer step down the gradient."""
     if recipe.clip_grad_norm is not None:
         training.scaler.unscale_(training.optimizer)
         dispatch_clip_grad(training.model.parameters(), recipe.clip_grad_norm)

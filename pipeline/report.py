@@ -30,7 +30,12 @@ _MEASURED = (
     "val/loss",
     "val/flop_agreement_pct",
     "equivariance/max_rel_error",
+    "val/ema_top1_pct",
+    "val/ema_top5_pct",
+    "val/real_top1_pct",
 )
+_FURTHER = {"top1_pct": "top-1 %", "top5_pct": "top-5 %"}
+"""Metrics of a further validation set."""
 _PAPER_IMAGE_SIZE = 224
 
 
@@ -178,6 +183,15 @@ def tabulate(results: Sequence[Result]) -> Table:
         "validation": {
             "top-1 %": percent("val/top1_pct"),
             "top-5 %": percent("val/top5_pct"),
+            **{
+                column: percent(key)
+                for key, column in {
+                    "val/ema_top1_pct": "EMA top-1 %",
+                    "val/ema_top5_pct": "EMA top-5 %",
+                    "val/real_top1_pct": "ReaL top-1 %",
+                }.items()
+                if _any_has(results, key)
+            },
             "flop agreement %": percent("val/flop_agreement_pct"),
             "equivariance error": lambda r: _error(r.measured.get("equivariance/max_rel_error")),
         },
@@ -188,6 +202,10 @@ def tabulate(results: Sequence[Result]) -> Table:
             "share %": lambda r: _fixed(r.share and 100 * r.share, 0),
         },
     }
+    if further := _further(results):
+        groups["further validation"] = {
+            f"{name} {column}": percent(f"{name}/{key}") for name in further for key, column in _FURTHER.items()
+        }
     if any(result.paper for result in results):
         groups["the paper's"] = {
             "params (M)": lambda r: _fixed(r.paper and r.paper.params_m, 1),
@@ -245,6 +263,12 @@ def measured_how(experiment: Experiment, results: Sequence[Result]) -> list[str]
         "part of the saved work that arrives as speed.",
         f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
     ]
+    if _any_has(results, "val/ema_top1_pct"):
+        notes.append("EMA: the moving average of the weights, at its own best epoch; all else is of the plain weights.")
+    if _any_has(results, "val/real_top1_pct"):
+        notes.append("ReaL: ImageNet's reassessed labels (Beyer et al. 2020), of which an image may have several.")
+    if further := _further(results):
+        notes.append(f"Further validation, never trained or chosen on: {', '.join(further)}.")
     if any(result.paper for result in results):
         notes.append(
             "The paper's columns (Bökman et al. 2025, Table 1): ImageNet-1K; one A100-40GB, batch 64, "
@@ -260,7 +284,8 @@ def _read(
     info = describe(run.model)
     papers = not run.args and experiment.data.image_size == _PAPER_IMAGE_SIZE
     metrics, note = _json(folder / "metrics.json", {}), _json(folder / "run.json", {})
-    measured = {key: float(metrics[key]) for key in _MEASURED if _is_number(metrics.get(key))}
+    further = [f"{set_}/{key}" for set_ in experiment.data.further_val for key in _FURTHER]
+    measured = {key: float(metrics[key]) for key in (*_MEASURED, *further) if _is_number(metrics.get(key))}
     return Result(
         run=name,
         model=run.model,
@@ -277,6 +302,16 @@ def _read(
         speed=speed,
         baseline=_baseline(experiment, name),
     )
+
+
+def _any_has(results: Sequence[Result], key: str) -> bool:
+    return any(key in result.measured for result in results)
+
+
+def _further(results: Sequence[Result]) -> list[str]:
+    """Names of the further validation sets that some run was measured on."""
+    names = (key.partition("/")[0] for result in results for key in result.measured if key not in _MEASURED)
+    return list(dict.fromkeys(names))
 
 
 def _failure(

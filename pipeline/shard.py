@@ -27,7 +27,8 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
-from pipeline.data import ShardError, Shards, remedy
+from pipeline.data import Shards
+from pipeline.store import DAMAGED, ShardError
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -124,11 +125,12 @@ def verify(folder: Path | str) -> None:
     Raises: ShardError, naming the first file that differs.
     """
     shards = Shards(folder)
-    paths = [shards.folder / name for name in shards.files]
+    files = shards.manifest["shards"] | shards.manifest["indices"]
+    paths = [shards.folder / name for name in files]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for path, digest in zip(paths, pool.map(_sha256, paths), strict=True):
-            if digest != shards.files[path.name]["sha256"]:
-                raise ShardError(f"{path} does not match its manifest, its contents differ: {remedy(path)}")
+            if digest != files[path.name]["sha256"]:
+                raise ShardError(f"{path} does not match its manifest, its contents differ: {DAMAGED}")
 
 
 def _sha256(path: Path) -> str:

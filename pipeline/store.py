@@ -7,6 +7,7 @@ forked at any time: descriptors and connections are opened by the process that r
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import tempfile
@@ -55,6 +56,17 @@ class Store(Protocol):
     def stream(self, shard: str) -> Iterator[bytes]:
         """The whole shard from its first byte on, in pieces."""
         ...
+
+
+def read_manifest(folder: Path | str) -> dict[str, Any]:
+    """`manifest.json` of a folder of shards. Raises: ShardError if there is none, or it cannot be read."""
+    path = Path(folder) / "manifest.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ShardError(f"{path} not found: run `dvc repro shard` to write the shards") from None
+    except ValueError:
+        raise ShardError(f"{path} is not valid JSON: run `dvc repro --force shard` to write it again") from None
 
 
 def open_store(location: Path | str, shards: Entries, *, cache_gib: float = 0, cache: Path | None = None) -> Store:
@@ -132,7 +144,10 @@ class LocalStore:
         compare(self.shards, find(self.folder), str(self.folder))
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
-        content = self._pread(shard, size, offset)
+        try:
+            content = self._pread(shard, size, offset)
+        except OSError as error:
+            raise ShardError(f"{self.where(shard)} cannot be read ({error.strerror}): {DAMAGED}") from None
         if len(content) != size:
             raise short(self.where(shard), Part(shard, offset, size), len(content))
         return content

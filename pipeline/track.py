@@ -39,6 +39,7 @@ from mlflow.exceptions import MlflowException
 logger = logging.getLogger(__name__)
 
 EPOCH_METRICS = ("train/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s", "lr")
+AVERAGE_METRICS = ("val/ema_top1_pct", "val/ema_top5_pct")
 _STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
 _BATCH = 100  # parameters or tags that MLflow takes in one call
 
@@ -76,11 +77,16 @@ def start_run(
 
 
 def log_epoch(run_id: str, metrics: Mapping[str, float], epoch: int) -> None:
-    """One epoch's EPOCH_METRICS at step `epoch`, once: an epoch that the run already has is left as it is."""
+    """One epoch's EPOCH_METRICS, and AVERAGE_METRICS where there is an average, at step `epoch`.
+
+    Once: an epoch that the run already has is left as it is.
+    """
+    told = {key: metrics[key] for key in EPOCH_METRICS}
+    told |= {key: metrics[key] for key in AVERAGE_METRICS if key in metrics}
     client = _client()
     with _unless_gone(run_id):
         if epoch not in {metric.step for metric in client.get_metric_history(run_id, "train/loss")}:
-            client.log_batch(run_id, metrics=_metrics({key: metrics[key] for key in EPOCH_METRICS}, epoch))
+            client.log_batch(run_id, metrics=_metrics(told, epoch))
 
 
 def log_final(

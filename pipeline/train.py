@@ -37,11 +37,13 @@ from pipeline.config import ConfigError, Experiment
 logger = logging.getLogger(__name__)
 
 HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
+HISTORY_EMA = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
+_WEIGHTS = {loop.PLAIN: "weights.safetensors", loop.EMA: "weights_ema.safetensors"}
 _CODE = ("augment", "data", "decode", "loop", "recipe")
 # What leaves the weights as they are; of the data, because the shards' own fingerprint says it.
 _UNFELT = {
     "train": {"keep_checkpoints", "loader_workers"},
-    "data": {"name", "source", "labels", "on_bad_image", "images_per_shard", "cache_gib"},
+    "data": {"name", "source", "labels", "on_bad_image", "images_per_shard", "cache_gib", "further_val"},
 }
 
 
@@ -90,8 +92,8 @@ def train(experiment: Experiment, run_name: str) -> None:
         status = outcome["status"]
         _write_outputs(Path("outputs") / run_name, configuration, outcome, place, mlflow_run_id, result.checkpoint,
                        initial=lambda: _model(experiment, run_name, num_classes))
-        track.log_final(mlflow_run_id, {}, [Path("outputs") / run_name / "weights.safetensors",
-                                            Path("outputs") / run_name / "config.yaml"])
+        kept = [_WEIGHTS[name] for name in outcome["best_epoch"]]
+        track.log_final(mlflow_run_id, {}, [Path("outputs") / run_name / file for file in (*kept, "config.yaml")])
         place.write(mlflow_run_id, status)
     finally:
         track.finish(mlflow_run_id, status)
@@ -199,7 +201,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder, "state.pt"), map_location=device, weights_only=True)
-            training.load_state_dict(state, load_file(Path(folder, "best.safetensors")))
+            training.load_state_dict(state, {name: load_file(Path(folder, _WEIGHTS[name])) for name in training.best})
 
     def report(training: loop.Training) -> None:
         row = training.history[-1]
@@ -207,7 +209,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             return ray.train.report(row)
         with tempfile.TemporaryDirectory() as folder:
             torch.save(training.state_dict(), Path(folder, "state.pt"))
-            save_file(training.best.weights, Path(folder, "best.safetensors"))
+            for name, best in training.best.items():
+                save_file(best.weights, Path(folder, _WEIGHTS[name]))
             ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder),
                              checkpoint_dir_name=f"epoch-{training.epoch:04d}")
 
@@ -218,8 +221,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         loop.fit(
             training,
             recipe_,
-            train_batches=lambda epoch: data.train_batches(
-                images["train"], recipe_, experiment.data, seed=seed, epoch=epoch, **theirs
+            train_batches=lambda epoch, start_step: data.train_batches(
+                images["train"], recipe_, experiment.data, seed=seed, epoch=epoch, start_step=start_step, **theirs
             ),
             val_batches=lambda: data.val_batches(
                 images["val"], recipe_, experiment.data,
@@ -236,7 +239,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         )
     except loop.NonFiniteLoss as error:
         status, message = "diverged", str(error)
-    return {"status": status, "message": message, "history": training.history, "best_epoch": training.best.epoch}
+    return {"status": status, "message": message, "history": training.history,
+            "best_epoch": {name: best.epoch for name, best in training.best.items()}}
 
 
 def _forward(
@@ -280,16 +284,18 @@ def _write_outputs(
     folder: Path, configuration: dict[str, Any], outcome: dict[str, Any], place: _Place, mlflow_run_id: str,
     checkpoint: ray.train.Checkpoint | None, initial: Callable[[], torch.nn.Module],
 ) -> None:
-    """What the stage declares: weights.safetensors, history.csv, run.json, config.yaml."""
+    """What the stage declares: weights.safetensors, history.csv, run.json, config.yaml; weights_ema.safetensors too."""
     if outcome["status"] == "diverged":
         logger.warning("%s diverged: %s", configuration["run"], outcome["message"])
-    if checkpoint is None:  # diverged in its first epoch
-        save_file(loop.weights_of(initial()), folder / "weights.safetensors")
-    else:
-        with checkpoint.as_directory() as path:
-            shutil.copyfile(Path(path, "best.safetensors"), folder / "weights.safetensors")
+    for file in (_WEIGHTS[name] for name in outcome["best_epoch"]):
+        if checkpoint is None:  # diverged in its first epoch
+            save_file(loop.weights_of(initial()), folder / file)
+        else:
+            with checkpoint.as_directory() as path:
+                shutil.copyfile(Path(path, file), folder / file)
+    averaged = HISTORY_EMA if loop.EMA in outcome["best_epoch"] else ()
     with (folder / "history.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, HISTORY, lineterminator="\n")
+        table = csv.DictWriter(file, (*HISTORY, *averaged), lineterminator="\n")
         table.writeheader()
         table.writerows(outcome["history"])
     (folder / "config.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False))
@@ -298,7 +304,7 @@ def _write_outputs(
         "mlflow_run_id": mlflow_run_id,
         "fingerprint": place.fingerprint,
         "status": outcome["status"],
-        "best_epoch": outcome["best_epoch"],
+        "best_epoch": outcome["best_epoch"][loop.PLAIN],
     })
 
 

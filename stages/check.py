@@ -10,7 +10,7 @@ from stages import main, prepare
 
 
 def run() -> None:
-    """Raises ConfigError or ClusterError on the first mistake, and is silent when there is none."""
+    """Raises ConfigError, SourceError or ClusterError on the first mistake, and is silent when there is none."""
     experiment = config.load()
     if experiment.data.name != prepare.DIGITS:  # those, the prepare stage writes
         prepare.ensure(experiment.data)
@@ -18,8 +18,9 @@ def run() -> None:
         cluster.probe(address)
 
     from flopeq.build import ModelError
-    from pipeline import recipe
+    from pipeline import further, recipe
 
+    further.check(experiment.data)
     for name, run in experiment.models.items():
         try:
             recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")

@@ -1,51 +1,48 @@
-"""Lays out the source images: writes the digits, or checks the folder that data.source names.
+"""Lays out the source images: writes the digits, or says what data.source names.
 
 The digits are scikit-learn's (1,797 of 8x8 grey pixels; Alpaydin and Kaynak, UCI ML repository, 1998), as
-32x32 RGB JPEGs in `{train,val}/<class>/`. The out that DVC knows is a listing, `data/source.json`, so that a
-folder of images, which may be large and a user's own, is neither cached nor ever deleted.
+32x32 RGB JPEGs in `{train,val}/<class>/`. The out that DVC knows is a summary, `data/source.json`, so that the
+images, which may be many and a user's own, are neither cached nor ever deleted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, sources
 from pipeline.config import ConfigError
+from pipeline.sources import ExistingShards, Source
 from stages import main
 
 DIGITS = "digits"
-SPLITS = ("train", "val")
 NUM_VAL = 360
 SPLIT_SEED = 0
 """The split belongs to the data set: another would be another data set, whatever the experiment's seed."""
-LISTING = Path("data/source.json")
+SUMMARY = Path("data/source.json")
 
 
 def run() -> None:
     data = config.load().data
-    ensure(data)
-    LISTING.parent.mkdir(parents=True, exist_ok=True)
-    LISTING.write_text(json.dumps(listing(data.source), indent=1) + "\n")
+    source = ensure(data)
+    found = summary(source)
+    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
+    SUMMARY.write_text(json.dumps(found, indent=1) + "\n")
+    logging.info(f"{data.source}: {found['layout']}, {found['files']:,} files, {found['bytes'] / 1e6:,.1f} MB")
 
 
-def ensure(data: config.Data) -> None:
-    """Makes sure that the images of `data.source` are there, writing the digits if they are asked for.
+def ensure(data: config.Data) -> Source | ExistingShards:
+    """What `data.source` names, with the digits written if they are asked for.
 
-    Raises: ConfigError if the folder is missing, and is not the digits'.
+    Raises: SourceError if nothing that can be read is there.
     """
     if data.name == DIGITS:
-        write_digits(data.source)
-    missing = [str(data.source / split) for split in SPLITS if not (data.source / split).is_dir()]
-    if missing:
-        raise ConfigError(
-            f"missing data folder: {' and '.join(missing)}. Put the images of {data.name!r} into "
-            f"{data.source}/{{train,val}}/<class>/, or set data.source in params.yaml to where they are "
-            f"(only {DIGITS!r} are written for you)"
-        )
+        write_digits(Path(data.source))
+    return sources.detect(data.source)
 
 
 def write_digits(folder: Path) -> None:
@@ -83,16 +80,15 @@ def write_digits(folder: Path) -> None:
         os.replace(partial, path)
 
 
-def listing(folder: Path) -> dict[str, object]:
-    """Counts, bytes and a hash of all names and sizes: what changes when an image comes or goes."""
-    files = sorted(
-        (path.relative_to(folder).as_posix(), path.stat().st_size)
-        for split in SPLITS for path in (folder / split).rglob("*") if path.is_file()
-    )
-    digest = hashlib.sha256("\n".join(f"{name}\t{size}" for name, size in files).encode())
+def summary(source: Source | ExistingShards) -> dict[str, Any]:
+    """Layout, number and bytes of the files, and a hash of their names and sizes: what changes when an image does."""
+    files = sorted(source.files())
+    digest = hashlib.sha256()
+    for name, size in files:
+        digest.update(f"{name}\t{size}\n".encode())
     return {
-        "source": folder.as_posix(),
-        "files": {split: sum(name.startswith(f"{split}/") for name, _ in files) for split in SPLITS},
+        "layout": source.layout,
+        "files": len(files),
         "bytes": sum(size for _, size in files),
         "sha256": digest.hexdigest(),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -36,15 +37,16 @@ def network(dtype=torch.float32, dropout=0.1) -> nn.Module:
         ).to(dtype)
 
 
-def batches(epoch: int, rank=0, world_size=1, dtype=torch.float32):
+def batches(epoch: int, start_step=0, rank=0, world_size=1, accumulated=1, dtype=torch.float32):
     """Random images whose label is the brightest of their first four pixels: there is something to learn."""
     generator = torch.Generator().manual_seed(epoch)
     images = torch.randn(PER_EPOCH, 3, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
     labels, rows = images[:, 0, 0].argmax(1), torch.arange(PER_EPOCH)
-    share = BATCH // world_size
-    for start in range(rank * share, PER_EPOCH, BATCH):
-        part = slice(start, start + share)
-        yield data.Batch(images[part], labels[part], rows[part], seed=start)
+    share, size = BATCH // world_size, BATCH // world_size // accumulated
+    for step in range(start_step * BATCH, PER_EPOCH, BATCH):
+        for start in range(step + rank * share, step + (rank + 1) * share, size):
+            part = slice(start, start + size)
+            yield data.Batch(images[part], labels[part], rows[part], seed=step)
 
 
 def start(recipe: Recipe, model: nn.Module) -> loop.Training:
@@ -64,23 +66,25 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_a_training_resumed_after_any_epoch_ends_with_identical_weights(optimizer, ema_decay):
-    recipe, saved = small_recipe(optimizer=optimizer, ema_decay=ema_decay), []
+def test_a_training_resumed_after_any_step_ends_with_identical_weights(optimizer, ema_decay):
+    recipe, saved = small_recipe(optimizer=optimizer, ema_decay=ema_decay, epochs=3), []
 
     def save(training: loop.Training) -> None:
         file = io.BytesIO()
         torch.save(training.state_dict(), file)
-        saved.append((file, copy.deepcopy(training.best.weights)))
+        saved.append((file, {name: copy.deepcopy(best.weights) for name, best in training.best.items()}))
 
-    whole = fit(start(recipe, network()), recipe, save)
+    whole = fit(start(recipe, network()), recipe, save, on_step=save)
+    assert len(saved) == recipe.epochs * (PER_EPOCH // BATCH + 1)
+    assert not any(map(torch.equal, network().parameters(), whole.model.parameters()))
     for file, best_weights in saved:
         file.seek(0)
         resumed = start(recipe, network())
         resumed.load_state_dict(torch.load(file, weights_only=True), best_weights)
         fit(resumed, recipe)
-        assert_same_weights(resumed.model, whole.model)
-        assert_same_weights(resumed.judged, whole.judged)
-        assert resumed.best.epoch == whole.best.epoch
+        for name, model in whole.judged.items():
+            assert_same_weights(resumed.judged[name], model)
+            assert resumed.best[name].epoch == whole.best[name].epoch
         measured = [{name: value for name, value in row.items() if name != "perf/img_per_s"}
                     for row in resumed.history]
         assert measured == [{name: value for name, value in row.items() if name != "perf/img_per_s"}
@@ -100,11 +104,37 @@ def test_training_lowers_the_loss_and_the_best_epoch_is_the_one_of_highest_top1(
     losses = [row["train/loss"] for row in training.history]
     assert losses[-1] < losses[0]
     top1 = [row["val/top1_pct"] for row in training.history]
-    assert training.best.epoch == top1.index(max(top1))
+    assert training.best["plain"].epoch == top1.index(max(top1))
+
+
+def test_the_average_is_validated_and_kept_beside_the_weights():
+    recipe, seen = small_recipe(ema_decay=0.5, lr=1e-2), []
+    training = fit(start(recipe, network()), recipe, lambda training: seen.append(copy.deepcopy(training.judged)))
+    for name, prefix in (("plain", "val/"), ("ema", "val/ema_")):
+        found = [loop.evaluate(models[name], batches(99)).top1_pct for models in seen]
+        assert [row[f"{prefix}top1_pct"] for row in training.history] == found
+        best = training.best[name]
+        assert best.epoch == found.index(max(found))
+        assert all(map(torch.equal, best.weights.values(), seen[best.epoch][name].state_dict().values()))
+    assert not any(map(torch.equal, *(models.parameters() for models in seen[-1].values())))
+
+
+def test_accumulated_steps_train_as_whole_ones_do():
+    recipe = small_recipe()
+    whole, parts = (
+        fit(start(recipe, network(torch.float64, dropout=0.0)), recipe, accumulated=accumulated,
+            train_batches=partial(batches, accumulated=accumulated, dtype=torch.float64),
+            val_batches=lambda: batches(99, dtype=torch.float64))
+        for accumulated in (1, 4)
+    )
+    for weight, expected in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
+    for row, expected in zip(parts.history, whole.history, strict=True):
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-12)
 
 
 def test_a_non_finite_loss_stops_with_its_step_lr_and_image_ids(recipe):
-    def poisoned(epoch: int):
+    def poisoned(epoch: int, start_step: int):
         for number, batch in enumerate(batches(epoch)):
             images = batch.images.clone()
             if (epoch, number) == (1, 1):
@@ -115,7 +145,7 @@ def test_a_non_finite_loss_stops_with_its_step_lr_and_image_ids(recipe):
     with pytest.raises(loop.NonFiniteLoss, match=r"loss nan in epoch 1 at step 4, lr 0\.00\d+.*'8', '9', .*'15'"):
         fit(training, recipe, train_batches=poisoned, names=lambda rows: [str(row) for row in rows.tolist()])
     assert training.epoch == 1
-    assert all(weight.isfinite().all() for weight in training.best.weights.values())
+    assert all(weight.isfinite().all() for weight in training.best["plain"].weights.values())
 
 
 def test_evaluation_equals_a_plain_count():
@@ -154,8 +184,8 @@ def _one_of_two(rank: int, path: str) -> None:
     training = fit(
         start(recipe, model), recipe, rank=rank, world_size=2, all_reduce=all_reduce,
         forward=nn.parallel.DistributedDataParallel(model),
-        train_batches=lambda epoch: batches(epoch, rank, 2, torch.float64),
-        val_batches=lambda: batches(99, rank, 2, torch.float64),
+        train_batches=partial(batches, rank=rank, world_size=2, dtype=torch.float64),
+        val_batches=lambda: batches(99, rank=rank, world_size=2, dtype=torch.float64),
     )
     torch.save({"model": model.state_dict(), "history": training.history}, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -166,7 +196,7 @@ def test_two_workers_over_gloo_train_as_one_does(tmp_path):
     recipe = small_recipe()
     alone = fit(
         start(recipe, network(torch.float64, dropout=0.0)), recipe,
-        train_batches=lambda epoch: batches(epoch, dtype=torch.float64),
+        train_batches=partial(batches, dtype=torch.float64),
         val_batches=lambda: batches(99, dtype=torch.float64),
     )
     torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)

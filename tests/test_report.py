@@ -181,6 +181,31 @@ def test_paper_columns_stand_only_beside_models_of_the_paper(tmp_path: Path) -> 
     assert rows["h-vit"]["model"] == "H(ViT)"
 
 
+def test_ema_real_and_further_sets_have_columns_where_a_run_was_measured_so(tmp_path: Path) -> None:
+    experiment = fabricate(tmp_path)
+    plain = cells(tmp_path, experiment)
+    assert not [column for column in plain["vit"] if re.search("EMA|ReaL|v2", column)]
+
+    path = tmp_path / "outputs/e-vit/metrics.json"
+    more = {"val/ema_top1_pct": 96.4, "val/ema_top5_pct": 99.7, "val/real_top1_pct": 97.2,
+            "v2/top1_pct": 84.3, "v2/top5_pct": 95.1}  # fmt: skip
+    _dump(path, **json.loads(path.read_text()), **more)
+    data = experiment.data.model_copy(update={"further_val": {"v2": Path("v2"), "unmeasured": Path("other")}})
+    experiment = experiment.model_copy(update={"data": data})
+    results = list(collect(tmp_path, experiment).values())
+    rows = cells(tmp_path, experiment)
+    columns = ["EMA top-1 %", "EMA top-5 %", "ReaL top-1 %", "v2 top-1 %", "v2 top-5 %"]
+    assert [rows["e-vit"][column] for column in columns] == ["96.4", "99.7", "97.2", "84.3", "95.1"]
+    assert [rows["vit"][column] for column in columns] == ["–"] * 5
+    assert rows["vit"].keys() - plain["vit"].keys() == set(columns)
+    assert ("further validation", 2) in report.tabulate(results).groups
+
+    _, page = report.write(experiment, results, tmp_path / "reports")
+    assert "Beyer et al. 2020" in page.read_text() and "v2 top‑1 %" in page.read_text()
+    numbers = json.loads((tmp_path / "reports/metrics.json").read_text())
+    assert more.items() <= numbers["e-vit"].items()
+
+
 def test_runs_that_did_not_converge_get_a_dagger_and_a_footnote(tmp_path: Path) -> None:
     experiment = fabricate(tmp_path)
     diverge(tmp_path / "outputs/e-vit")

@@ -9,51 +9,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.sources.listing import SPLITS, Collector, Listing, SourceError
+from pipeline.sources.listing import SPLITS, Collector, Listing, SourceError, is_image, some
 
+OTHER_NAMES = {"train": ("training", "Train"), "val": ("validation", "valid", "Val", "test")}
+"""What the splits' folders are called elsewhere."""
 THREADS = 16  # they wait for the file system, which on a network answers many at a time
 
 
 @dataclass(frozen=True)
 class FolderTree:
-    """`root/{train,val}/<class>/*`."""
+    """`root/{train,val}/<class>/*`. Raises: SourceError if a split's folder is missing or has none for the classes."""
 
     root: Path
     layout: ClassVar[str] = "a folder tree"
 
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            if not (self.root / split).is_dir():
+                raise SourceError(f"{self.root / split} not found: images must lie in train/<class>/ and val/<class>/ "
+                                  f"of {self.root}{_other_name(self.root, split)}")
+            folders, files = contents(self.root / split)
+            if not folders:
+                raise SourceError(f"{self.root / split} holds {some(files) or 'nothing'}, but should hold a folder for "
+                                  f"each class{_kaggle(self.root)}")
+
     def files(self) -> list[tuple[str, int]]:
-        """Names, relative to the root, and sizes of all files, images or not."""
+        """Names, relative to the root, and sizes of the files of all classes, images or not."""
         found = []
         for split in SPLITS:
-            for folder, entries in walk(self.root / split):
-                found += [(f"{split}/{folder}/{name}", size) for name, size in entries]
+            for folder, files in walk(self.root / split):
+                found += [(f"{split}/{folder}/{name}", size) for name, size in files]
         return found
 
     def scan(self, labels: str) -> Listing:
         """Lists the images. Raises: SourceError for a tree of another shape."""
-        found = Collector(self.layout)
-        classes: dict[str, set[str]] = {split: set() for split in SPLITS}
+        found, classes = Collector(self.layout), {}
         for split in SPLITS:
-            for folder, entries in walk(self.root / split):
-                classes[split].add(folder)
-                for name, size in entries:
+            classes[split], loose = contents(self.root / split)
+            if images := [name for name in loose if is_image(name)]:
+                raise SourceError(f"{self.root / split} holds {some(images)} outside of the classes' folders: move or "
+                                  f"remove them")
+            found.ignored += [f"{split}/{name}" for name in loose]
+            for folder, files in walk(self.root / split):
+                for name, size in files:
                     found.add(split, folder, name, f"{split}/{folder}/{name}", size=size)
         return found.listing(labels, classes["train"], f"has a folder in {self.root / 'train'}")
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """The folders in `folder`, in sorted order, each with the names and sizes of its files; hidden ones are left out.
-
-    Raises: SourceError for a folder inside one of them, or a link to nowhere.
-    """
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    """The folders in a folder, in sorted order, each with the names and sizes of its files."""
+    names, _ = contents(folder)
     with ThreadPoolExecutor(THREADS) as threads:
         yield from zip(names, threads.map(lambda name: sizes(folder / name), names), strict=True)
 
 
 def sizes(folder: Path) -> list[tuple[str, int]]:
-    """Names and sizes of the files in a folder, in sorted order; hidden ones are left out."""
+    """Names and sizes of the files in a folder, in sorted order; hidden ones are left out.
+
+    Raises: SourceError if there is a folder among them, or a link to nowhere.
+    """
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -66,3 +80,23 @@ def sizes(folder: Path) -> list[tuple[str, int]]:
             except FileNotFoundError:
                 raise SourceError(f"{entry.path} is a link to what is not there: mend or remove it") from None
     return sorted(found)
+
+
+def contents(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder, both sorted; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        seen = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+    return sorted(name for name, is_dir in seen if is_dir), sorted(name for name, is_dir in seen if not is_dir)
+
+
+def _other_name(root: Path, split: str) -> str:
+    for name in OTHER_NAMES[split]:
+        if (root / name).is_dir():
+            return f"; {root / name} is there: if it is meant, rename it or link to it, `ln -s {name} {root / split}`"
+    return ""
+
+
+def _kaggle(root: Path) -> str:
+    if root.parts[-3:] == ("ILSVRC", "Data", "CLS-LOC"):
+        return f"; these are Kaggle's files: let data.source name {root.parents[2]}"
+    return ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline import imagenet
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -62,7 +64,7 @@ class Collector:
     ) -> None:
         """Takes the image of that file name and class in; a name without an image's suffix is only noted."""
         name = f"{split}/{label}/{image}"
-        if os.path.splitext(image)[1].lower() not in IMAGE_SUFFIXES:
+        if not is_image(image):
             self.ignored.append(name)
             return
         code = self._classes.setdefault(label, len(self._classes))
@@ -92,6 +94,11 @@ class Collector:
         place = {name: number for number, name in enumerate(classes)}
         label_of = pa.array([place[name] for name in self._classes], pa.int64())
         splits = {split: _sorted(self._chunks.pop(split), label_of) for split in SPLITS}
+        if self._classes.keys() == set(imagenet.wnids() if len(self._classes) == 1000 else ()):
+            for split, images in splits.items():
+                if len(images) != imagenet.COUNTS[split]:
+                    logger.warning("%s: all of ImageNet's classes, but %s images in %s instead of %s",
+                                self.layout, f"{len(images):,}", split, f"{imagenet.COUNTS[split]:,}")
         return Listing(self.layout, classes, splits, sorted(self.ignored))
 
     def _flush(self, split: str) -> None:
@@ -105,6 +112,11 @@ class Collector:
             rows.clear()
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its name."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def class_list(found: Iterable[str], labels: str) -> list[str]:
     """The classes, each at the place that is its label: those found, sorted, or all of ImageNet's.
 
@@ -116,8 +128,8 @@ def class_list(found: Iterable[str], labels: str) -> list[str]:
         unknown = set(classes) - set(table)
         if labels == "imagenet" and unknown:
             raise SourceError(
-                f"data.labels is imagenet, but {some(unknown)} are none of ImageNet's 1,000 classes, which have names "
-                f"such as {table[0]}: rename the classes, or set data.labels to own"
+                f"data.labels is imagenet, but none of ImageNet's 1,000 classes, such as {table[0]}, is called "
+                f"{some(unknown)}: rename the classes, or set data.labels to own"
             )
         if not unknown and classes == sorted(table) != table:
             raise SourceError("timm's table of ImageNet's classes is not in the order of wnids: labels would not match")
@@ -135,9 +147,9 @@ def some(names: Iterable[str], limit: int = 3) -> str:
 def _sorted(chunks: list[pa.Table], label_of: pa.Array) -> pa.Table:
     table = pa.concat_tables(chunks)
     chunks.clear()
-    table = table.take(pc.sort_indices(table["name"])).combine_chunks()
-    names = table["name"].combine_chunks()
-    repeated = pc.equal(names[1:], names[:-1])
-    if pc.any(repeated).as_py():
-        raise SourceError(f"{names[pc.index(repeated, True).as_py()]} comes twice: which of the two is meant?")
+    table = table.sort_by("name").combine_chunks()
+    if len(table["name"].unique()) < len(table):
+        counts = table["name"].value_counts()
+        repeated = [row["values"] for row in counts.to_pylist() if row["counts"] > 1]
+        raise SourceError(f"{some(repeated)}: there are two of that name; remove or rename one")
     return table.set_column(1, IMAGES.field("label"), label_of.take(table["label"].combine_chunks()))
