@@ -31,7 +31,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from safetensors.torch import load_file, save_file
 
 import flopeq
-from pipeline import cluster, data, journal, loop, recipe
+from pipeline import cluster, data, journal, loop, proxy, recipe
 from pipeline.config import ConfigError, Experiment
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
 HISTORY_EMA = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
 _WEIGHTS = {loop.PLAIN: "weights.safetensors", loop.EMA: "weights_ema.safetensors"}
-_CODE = ("augment", "data", "decode", "loop", "recipe")
+_CODE = ("augment", "data", "decode", "loop", "proxy", "recipe")
 # What leaves the weights as they are; of the data, because the shards' own fingerprint says it.
 _UNFELT = {
     "train": {"keep_checkpoints", "loader_workers"},
@@ -71,8 +71,8 @@ def train(experiment: Experiment, run_name: str) -> None:
     status = "interrupted"
     try:
         with journal.following(_telling(experiment, run_name, mlflow_run_id)) as callback:
-            result = _Trainer(
-                _work,
+            result = Trainer(
+                work,
                 train_loop_config={"experiment": experiment, "run": run_name, "root": str(Path.cwd())},
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=settings.workers,
@@ -99,7 +99,9 @@ def train(experiment: Experiment, run_name: str) -> None:
         track.finish(mlflow_run_id, status)
 
 
-class _Trainer(TorchTrainer):
+class Trainer(TorchTrainer):
+    """Ray's, but for what Ctrl-C does."""
+
     def _register_sigint_handler(self, controller: Any) -> None:
         """Ray's handler may exit with status 0. Python's ends the driver, and with it Ray's job."""
 
@@ -184,21 +186,43 @@ def _model(experiment: Experiment, run_name: str, num_classes: int, device: str 
                         seed=experiment.seed_of(run_name), device=device)
 
 
-def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """One worker's training. Returns how it ended and its history."""
+class RayTrain:
+    """What a worker is told by Ray Train, and tells it; pipeline/trial.py has another with the same members."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+
+    def checkpoint(self) -> ray.train.Checkpoint | None:
+        """What to go on from."""
+        return ray.train.get_checkpoint()
+
+    def report(self, row: dict[str, Any], folder: str | None, name: str | None) -> None:
+        """Ends an epoch: its metrics, and on rank 0 the folder of its checkpoint and what to call that."""
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
+        ray.train.report(row, checkpoint=checkpoint, checkpoint_dir_name=name)
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """One worker's training. Returns how it ended and its history.
+
+    Args:
+        config: `experiment`, `run`, `root` (the repository), and for the trials of a sweep `classes` (see
+            pipeline/proxy.py) and `link` (None: Ray Train's).
+    """
     experiment, run_name = config["experiment"], config["run"]
     settings, recipe_, seed = experiment.train, experiment.recipe(run_name), experiment.seed_of(run_name)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    link = config.get("link") or RayTrain()
+    rank, world_size, device = link.rank, link.world_size, link.device
     torch.set_num_threads(settings.cpus_per_worker)
-    device = get_device()
     shards = data.Shards(Path(config["root"]) / experiment.data.shards)
-    images = {split: data.IndexedImages(shards, split) for split in ("train", "val")}
-    model = _model(experiment, run_name, len(shards.classes)).to(device)
+    images, num_classes = proxy.images(shards, config.get("classes"))
+    model = _model(experiment, run_name, num_classes).to(device)
     steps_per_epoch = data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
     amp = settings.amp if recipe_.mixed_precision else "off"
     training = loop.Training.start(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)
-    if checkpoint := ray.train.get_checkpoint():
+    if checkpoint := link.checkpoint():
         with checkpoint.as_directory() as folder:
             state = torch.load(Path(folder, "state.pt"), map_location=device, weights_only=True)
             training.load_state_dict(state, {name: load_file(Path(folder, _WEIGHTS[name])) for name in training.best})
@@ -206,13 +230,12 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     def report(training: loop.Training) -> None:
         row = training.history[-1]
         if rank:
-            return ray.train.report(row)
+            return link.report(row, None, None)
         with tempfile.TemporaryDirectory() as folder:
             torch.save(training.state_dict(), Path(folder, "state.pt"))
             for name, best in training.best.items():
                 save_file(best.weights, Path(folder, _WEIGHTS[name]))
-            ray.train.report(row, checkpoint=ray.train.Checkpoint.from_directory(folder),
-                             checkpoint_dir_name=f"epoch-{training.epoch:04d}")
+            link.report(row, folder, f"epoch-{training.epoch:04d}")
 
     mine = {"rank": rank, "world_size": world_size}
     theirs = {**mine, "loader_workers": settings.loader_workers, "device": device}
@@ -229,7 +252,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
                 batch_size=recipe_.global_batch_size // world_size, **theirs,
             ),
             on_epoch=report,
-            num_classes=len(shards.classes),
+            num_classes=num_classes,
             seed=seed,
             names=images["train"].keys,
             amp=amp,
