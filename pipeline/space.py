@@ -19,7 +19,7 @@ Point = Mapping[str, Any]
 """Field -> value; a field is one of Recipe's, or `args.<name>`."""
 
 ARGS = "args."
-_FIXED = ("epochs",)  # what makes the budgets of two trials differ
+_FIXED = ("epochs", "global_batch_size")  # with these, trials would differ in the samples they have seen
 _PROBES = 64  # points of a space that are tried out before anything starts
 _STARTUP = 4  # points that chance draws before the TPE goes by what they reached
 
@@ -180,7 +180,11 @@ def _distribution(values: Range) -> BaseDistribution:
 
 
 def _value(of: Range, drawn: Any) -> Any:
-    return drawn if of.choice is None else of.choice[drawn]
+    """As people would write it: numbers to four digits."""
+    if of.choice is not None:
+        return of.choice[drawn]
+    low, high = of.extremes
+    return drawn if isinstance(drawn, int) else min(max(float(f"{drawn:.4g}"), low), high)
 
 
 def _drawn(of: Range, value: Any) -> Any:

@@ -33,15 +33,18 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import: the
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 logger = logging.getLogger(__name__)
 
 EPOCH_METRICS = ("train/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s", "lr")
 AVERAGE_METRICS = ("val/ema_top1_pct", "val/ema_top5_pct")
-_STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
-_BATCH = 100  # parameters or tags that MLflow takes in one call
+Status = Literal["finished", "stopped", "diverged", "failed", "interrupted"]
+_STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "diverged": "FAILED", "failed": "FAILED",
+           "interrupted": "KILLED"}
+_BATCH = 100  # parameters that MLflow takes in one call
+_METRICS = 1000  # and metrics
 
 
 def uri() -> str:
@@ -68,12 +71,7 @@ def start_run(
     if resume is not None and _reopen(client, resume):
         return resume
     tags = {**_identity(experiment, run_name), **_provenance(), "device": device or _device(experiment)}
-    run = client.create_run(_experiment_id(client, experiment.tracking.experiment), run_name=run_name)
-    params = [Param(key, value) for key, value in _flatten(experiment.resolved(run_name)).items()]
-    for start in range(0, len(params), _BATCH):
-        client.log_batch(run.info.run_id, params=params[start : start + _BATCH])
-    client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    return run.info.run_id
+    return _create(client, experiment, run_name, _flatten(experiment.resolved(run_name)), tags)
 
 
 def log_epoch(run_id: str, metrics: Mapping[str, float], epoch: int) -> None:
@@ -104,11 +102,53 @@ def log_final(
             client.log_artifact(run_id, str(path))
 
 
-def finish(run_id: str, status: Literal["finished", "diverged", "interrupted"]) -> None:
+def start_sweep(experiment: Experiment, name: str, *, resume: str | None = None) -> str:
+    """A new MLflow run for a sweep of the experiment, with its settings, or `resume` reopened."""
+    client = _client()
+    if resume is not None and _reopen(client, resume):
+        return resume
+    settings = _flatten(getattr(experiment.sweeps, name).model_dump(mode="json", exclude_none=True))
+    return _create(client, experiment, f"sweep_{name}", settings, {**_provenance(), "sweep": name})
+
+
+def start_trial(
+    experiment: Experiment, sweep_id: str, name: str, params: Mapping[str, Any], *, resume: str | None = None
+) -> str:
+    """A new MLflow run for a trial, nested in its sweep's, or `resume` reopened."""
+    client = _client()
+    if resume is not None and _reopen(client, resume):
+        return resume
+    return _create(client, experiment, name, _flatten(params), {"mlflow.parentRunId": sweep_id})
+
+
+def log_curve(run_id: str, rows: Iterable[Mapping[str, float]]) -> None:
+    """The EPOCH_METRICS of several epochs in one go; those that the run already has are left as they are."""
+    client = _client()
+    with _unless_gone(run_id):
+        known = {metric.step for metric in client.get_metric_history(run_id, "train/loss")}
+        metrics = [
+            metric for row in rows if (epoch := int(row["epoch"])) not in known
+            for metric in _metrics({key: row[key] for key in EPOCH_METRICS}, epoch)
+        ]
+        for start in range(0, len(metrics), _METRICS):
+            client.log_batch(run_id, metrics=metrics[start : start + _METRICS])
+
+
+def finish(run_id: str, status: Status) -> None:
     """Closes a run: FINISHED, FAILED or KILLED in MLflow, with our word for it in the tag `status`."""
     with _unless_gone(run_id):
         _client().set_tag(run_id, "status", status)
         _client().set_terminated(run_id, _STATUS[status])
+
+
+def _create(
+    client: MlflowClient, experiment: Experiment, name: str, params: Mapping[str, str], tags: Mapping[str, str]
+) -> str:
+    run = client.create_run(_experiment_id(client, experiment.tracking.experiment), tags=dict(tags), run_name=name)
+    entries = [Param(key, value) for key, value in params.items()]
+    for start in range(0, len(entries), _BATCH):
+        client.log_batch(run.info.run_id, params=entries[start : start + _BATCH])
+    return run.info.run_id
 
 
 def _client() -> MlflowClient:
