@@ -24,7 +24,7 @@ FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)",
 MARKERS = {"X": "o", "E": "^", "H": "s", None: "D"}
 DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), None: "-."}
 VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", None: "other"}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -78,9 +78,9 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
         return result.throughput_ratio and 100 * (result.throughput_ratio - 1)
 
     edge = _above_edge(results)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return [
-            _picture(
+            picture(
                 "accuracy_vs_flops",
                 "Accuracy against FLOPs",
                 "Validation top-1 by the FLOPs of a forward pass (the paper's figure 1). Thin lines join "
@@ -95,7 +95,7 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     join=True,
                 ),
             ),
-            _picture(
+            picture(
                 "flops_vs_params",
                 "FLOPs against parameters",
                 "On one line through the origin, the work per parameter is the same (the paper's figure 5).",
@@ -108,7 +108,7 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     proportional=True,
                 ),
             ),
-            _picture(
+            picture(
                 "throughput_gain",
                 "Throughput gain against FLOPs",
                 "Forward throughput of E(X) and H(X) relative to their X, by the FLOPs of X "
@@ -122,7 +122,7 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     zero=True,
                 ),
             ),
-            _picture(
+            picture(
                 "training_curves",
                 "Training curves",
                 "Validation top-1 and training loss after each epoch.",
@@ -138,7 +138,8 @@ def _above_edge(results: Sequence[Result]) -> Callable[[Result], float | None]:
     return lambda r: r.top1_pct if r.top1_pct is None or r.converged else max(r.top1_pct, edge)
 
 
-def _picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
+def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
+    """The figure as PNG and as SVG."""
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})

@@ -7,6 +7,7 @@ nothing that a plan could depend on.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -21,10 +22,17 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+import flopeq
+from flopeq.build import build
+from flopeq.flops import complexity
+from flopeq.variants import baseline_of
 from pipeline import cluster, data, proxy, train, trial
 from pipeline.board import Board
 from pipeline.config import Asha, Experiment, HybridSweep, Recipe, RecipeSweep, Run
+from pipeline.plan import STEP_OVER_FORWARD
 from pipeline.trial import Folder, Outcome, Spec
+
+logger = logging.getLogger(__name__)
 
 Plan = Generator[list[Spec], list[Outcome], None]
 # Of a trial that waits for its workers: a core held here would be missing there, and no trial would ever begin.
@@ -77,6 +85,41 @@ class Stage:
             confirms=confirms,
         )
 
+    def announce(self, trials: int, specs: Sequence[Spec]) -> None:
+        """Says what the sweep will cost at most, where a proxy stands in for the data.
+
+        Args:
+            specs: some of its trials; the cost is that of the mean one, by the paper's throughput on an A100.
+        """
+        if self.settings.proxy is None:
+            return
+        hours = [gpu_hours(spec) for spec in specs]
+        known = [hour for hour in hours if hour is not None]
+        cost = "unknown, as the paper has no throughput of these models"
+        if known:
+            cost = f"{trials * sum(known) / len(known):,.1f} GPU-hours of an A100 for arithmetic alone: expect more"
+        logger.info(
+            "sweep_%s: at most %d trials of %d epochs, %s images of %d classes at %d pixels each; cost: %s", self.name,
+            trials, specs[0].epochs, f"{specs[0].images_per_epoch:,}", self.num_classes,
+            specs[0].experiment.data.image_size, cost,
+        )
+
+
+def gpu_hours(spec: Spec) -> float | None:
+    """A trial's training on one A100 by the forward throughput in the paper's Table 1, which an H has from its X.
+
+    Another resolution or size costs in proportion to its FLOPs. None for a model that is not in the table.
+    """
+    run = spec.experiment.run(spec.plan)
+    name = baseline_of(run.model)
+    row = next((row for row in flopeq.table1() if row.model == name and row.throughput_a100_im_s), None)
+    if row is None:
+        return None
+    side = spec.experiment.data.image_size
+    flops = complexity(build(run.model, device="meta", num_classes=1000, **run.args), (3, side, side)).flops
+    rate = row.throughput_a100_im_s * row.gflops_per_img * 1e9 / flops / STEP_OVER_FORWARD
+    return spec.epochs * spec.images_per_epoch / rate / 3600
+
 
 def shortened(recipe: Recipe, epochs: int | None) -> Recipe:
     """The recipe in so many epochs, with warm-up and cooldown in proportion; None: as it is."""
@@ -117,6 +160,7 @@ def run(
     conductor = _Conductor(plans, common, board, places)
     share = each if settings.workers == 1 else _TRIAL_SHARE
     os.environ.update({**_QUIET, **os.environ})
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the files that nobody asked it for
     with board, tempfile.TemporaryDirectory() as scratch, _terminated_as_interrupted():
         tune.Tuner(
             tune.with_resources(trial.run, tune.PlacementGroupFactory([share])),

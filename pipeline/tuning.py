@@ -92,6 +92,11 @@ class Tuning:
         outcomes = yield specs
         self.confirmed = {"start": outcomes[: len(fresh)], "best": outcomes[len(fresh) :]}
 
+    def first(self) -> Spec:
+        """The run's own recipe, as a trial."""
+        run, recipe = space.applied(self.stage.experiment, self.run_name, {})
+        return self.stage.spec(self.run_name, 0, 0, self.stage.experiment.seed_of(self.run_name), {}, run, recipe)
+
     @property
     def best(self) -> Configuration | None:
         """The highest mean top-1 of those that were trained to their end; of equals the earliest."""
@@ -143,7 +148,7 @@ def sweep_recipe(experiment: Experiment) -> dict[str, Any]:
         _write(tunings, {}, findings)
         return findings
     trials = sum(_num_trials(tuning) for tuning in tunings.values())
-    stage.announce(trials)
+    stage.announce(trials, [tuning.first() for tuning in tunings.values()])
     outcomes, board = sweep.run(
         stage, {name: tuning.plan() for name, tuning in tunings.items()}, trials=trials, asha=settings.asha
     )
@@ -184,7 +189,8 @@ def _write(
         header = [
             f"What sweep_recipe found best for {name}: {best.outcomes[0].spec.name}, "
             f"top-1 {best.top1_pct:.2f} % in {best.outcomes[0].spec.epochs} epochs.",
-            f"Under seeds {confirmed['seeds']}: {confirmed['best']}, the run's own recipe {confirmed['start']}."
+            f"Under seeds {confirmed['seeds']} {_listed(confirmed['best'])}, the run's own recipe "
+            f"{_listed(confirmed['start'])}."
             if confirmed["seeds"] else "Not compared with the run's own recipe under further seeds.",
         ]
         content = yaml.safe_dump(space.override(best.point), sort_keys=False)
@@ -205,3 +211,37 @@ def write_trials(path: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
             values = ["" if (value := spec.params.get(field)) is None else value for field in fields]
             table.writerow([spec.name, spec.plan, spec.round, spec.seed, outcome.state, top1, len(outcome.rows),
                             f"{outcome.seconds:.1f}", int(spec.confirms), *values, outcome.message or ""])
+
+
+def said(finding: Mapping[str, Any]) -> str:
+    """A run's finding as a sentence, which also says when it is none."""
+    best, own = finding["best"], finding["own"]
+    if best is None:
+        return "no trial was trained to its end"
+    if best["is_own"]:
+        return f"nothing better than its own recipe, at top-1 {best['top1_pct']:.1f}%"
+    search = f"top-1 {best['top1_pct']:.1f}%" + (
+        "" if own["top1_pct"] is None else f" against {own['top1_pct']:.1f}% for its own recipe"
+    )
+    confirmed = finding["confirmed"]
+    pairs = [[value for value in confirmed[side] if value is not None] for side in ("best", "start")]
+    if not all(pairs):
+        return f"{search}, not confirmed under further seeds"
+    ranges = [spread(values) for values in pairs]
+    seeds = f"under {len(confirmed['seeds'])} further seed{'s' if len(confirmed['seeds']) > 1 else ''}"
+    verdict = (
+        "a gain beyond the spread over seeds" if finding["beyond_spread"]
+        else "worse" if pareto.beyond_spread(pairs[1], pairs[0])
+        else "nothing beyond the spread over seeds"
+    )
+    return f"{search} in the search; {seeds} {ranges[0]} against {ranges[1]}: {verdict}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """The range of some top-1 in words."""
+    low, high = min(values), max(values)
+    return f"{low:.1f}%" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}%"
+
+
+def _listed(values: Sequence[float | None]) -> str:
+    return ", ".join("-" if value is None else f"{value:.2f}" for value in values) + " %"
