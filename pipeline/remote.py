@@ -33,15 +33,18 @@ def connect(location: str) -> tuple[Any, str]:
         raise ShardError(f"{location} is no URL that fsspec reads: {error}") from None
 
 
-def find(location: str) -> dict[str, Any]:
-    """Names and sizes of the files directly at a URL; None where the listing has no size."""
+def find(location: str) -> dict[str, int]:
+    """Names and sizes of the files directly at a URL."""
     files, root = connect(location)
     try:
         files.invalidate_cache()
-        listed = files.ls(root, detail=True)
+        listed = [file for file in files.ls(root, detail=True) if file["type"] == "file"]
+        sizes = [file["size"] for file in listed]
+        if None in sizes:  # a listing over http has none
+            sizes = files.sizes([file["name"] for file in listed])
     except Exception as error:  # of the file system's own classes, which differ
         raise _unreadable(location, error) from None
-    return {file["name"].rstrip("/").rpartition("/")[2]: file["size"] for file in listed if file["type"] == "file"}
+    return {file["name"].rpartition("/")[2]: size for file, size in zip(listed, sizes, strict=True)}
 
 
 def _unreadable(url: str, error: BaseException) -> ShardError:
