@@ -147,7 +147,7 @@ def test_ilsvrc_ids_are_no_labels(images, tmp_path):
 def test_a_class_that_imagenet_lacks_has_no_label_of_its(tmp_path):
     source = layouts.folder_tree(layouts.images(wnids=["tench", "n01443537"]), tmp_path / "source")
     assert scan(source).classes == ["n01443537", "tench"]
-    with pytest.raises(SourceError, match=r"but none of ImageNet.s 1,000 classes, .*, is called tench: .*set data.labels to own"):
+    with pytest.raises(SourceError, match=r"none of ImageNet.s .* is called tench: .* data.labels to own"):
         scan(source, "imagenet")
 
 
