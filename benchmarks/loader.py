@@ -1,4 +1,4 @@
-"""Images per second and core: our loader, timm's and torchvision's, from files to uint8 batches, in one alternating run.
+"""Images per second and core from files to uint8 batches: our loader, timm's and torchvision's, alternating.
 
     python benchmarks/loader.py --photos /tmp/photos                    crop and flop, then the recipes' augmentations
     python benchmarks/loader.py --photos /tmp/photos --only crop
@@ -29,6 +29,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
 from pipeline import augment, config, data
+from pipeline.shard import write_shards
 
 AUGMENTATIONS = {
     "crop": {},
@@ -139,8 +140,6 @@ def preset() -> config.Experiment:
 
 
 def shards(photos: Path, folder: Path) -> data.Shards:
-    from pipeline.shard import write_shards
-
     write_shards(photos, folder, images_per_shard=256, seed=0)
     return data.Shards(folder)
 

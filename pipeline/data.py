@@ -12,17 +12,17 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from pipeline import augment
 from pipeline.config import Data, Recipe
 from pipeline.decode import decode
+from pipeline.sources import SourceError
 from pipeline.store import DAMAGED, Part, ShardError, is_url, open_store, read_manifest
 
 _FETCHED_AHEAD = 4  # batches that each loader process prepares in advance
@@ -85,6 +85,23 @@ class Shards:
     def num_images(self, split: str) -> int:
         """Images of `train` or `val`."""
         return self.manifest["counts"][split]
+
+
+class Images(Protocol):
+    """What a split's images do to be batched."""
+
+    labels: Tensor
+    """(num_images,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def jpegs(self, rows: Sequence[int]) -> list[bytes]:
+        """The encoded images of those rows."""
+        ...
+
+    def decode(self, row: int, jpeg: bytes) -> Tensor:
+        """uint8 (3, H, W) of one. Raises: ShardError or SourceError, naming it."""
+        ...
 
 
 class IndexedImages(Dataset):
@@ -203,7 +220,7 @@ def steps_per_epoch(num: int, global_batch_size: int) -> int:
 
 
 def train_batches(
-    images: IndexedImages, recipe: Recipe, data: Data, *, seed: int, epoch: int, rank: int = 0,
+    images: Images, recipe: Recipe, data: Data, *, seed: int, epoch: int, rank: int = 0,
     world_size: int = 1, start_step: int = 0, accumulated: int = 1, loader_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
@@ -235,7 +252,7 @@ def train_batches(
 
 
 def val_batches(
-    images: IndexedImages, recipe: Recipe, data: Data, *, batch_size: int, rank: int = 0, world_size: int = 1,
+    images: Images, recipe: Recipe, data: Data, *, batch_size: int, rank: int = 0, world_size: int = 1,
     loader_workers: int = 0, device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """Every image of the split exactly once over the ranks, in the index's order, `batch_size` at a time.
@@ -255,7 +272,9 @@ def val_batches(
 class Fetch(Dataset):
     """places -> (uint8 (B, 3, H, W), labels (B,)), each image with the generators set for its place."""
 
-    def __init__(self, images: IndexedImages, transform: v2.Compose, order: Tensor, *, seed: int) -> None:
+    def __init__(
+        self, images: Images, transform: Callable[[Tensor], Tensor], order: Tensor, *, seed: int
+    ) -> None:
         self.images, self.transform, self.order, self.seed = images, transform, order, seed
 
     def __getitem__(self, places: range) -> tuple[Tensor, Tensor]:
@@ -269,13 +288,30 @@ class Fetch(Dataset):
         return torch.stack(pixels_BHWC).permute(0, 3, 1, 2), self.images.labels[rows]
 
 
+class _Elsewhere(Dataset):
+    """A Fetch in another process, where errors are values: torch would bury their message in a traceback."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, places: range) -> tuple[Tensor, Tensor] | ValueError:
+        try:
+            return self.fetch[places]
+        except (ShardError, SourceError) as error:
+            return error
+
+
 def _load(
     fetch: Fetch, places: list[range], loader_workers: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if not loader_workers:
-        return (fetch[part] for part in places)
-    return iter(DataLoader(
-        fetch, batch_size=None, sampler=places, num_workers=loader_workers, prefetch_factor=_FETCHED_AHEAD,
-        pin_memory=torch.device(device).type == "cuda",
+        yield from (fetch[part] for part in places)
+        return
+    for fetched in DataLoader(
+        _Elsewhere(fetch), batch_size=None, sampler=places, num_workers=loader_workers,
+        prefetch_factor=_FETCHED_AHEAD, pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # else it draws a seed, which nothing here uses, from the global one
-    ))
+    ):
+        if isinstance(fetched, ValueError):
+            raise fetched
+        yield fetched
