@@ -28,8 +28,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from pipeline import augment, config, data
-from pipeline.shard import write_shards
+from pipeline import augment, config, data, shard
 
 AUGMENTATIONS = {
     "crop": {},
@@ -140,7 +139,7 @@ def preset() -> config.Experiment:
 
 
 def shards(photos: Path, folder: Path) -> data.Shards:
-    write_shards(photos, folder, images_per_shard=256, seed=0)
+    shard.write(str(photos), folder, images_per_shard=256, seed=0)
     return data.Shards(folder)
 
 
