@@ -76,17 +76,21 @@ def start_run(
     return run.info.run_id
 
 
-def log_epoch(run_id: str, metrics: Mapping[str, float], epoch: int) -> None:
-    """One epoch's EPOCH_METRICS, and AVERAGE_METRICS where there is an average, at step `epoch`.
+def log_epoch(run_id: str, metrics: Mapping[str, float]) -> None:
+    """One epoch's EPOCH_METRICS, and AVERAGE_METRICS where there is an average, at step `epoch`."""
+    log_epochs(run_id, [metrics])
 
-    Once: an epoch that the run already has is left as it is.
-    """
-    told = {key: metrics[key] for key in EPOCH_METRICS}
-    told |= {key: metrics[key] for key in AVERAGE_METRICS if key in metrics}
+
+def log_epochs(run_id: str, history: Iterable[Mapping[str, float]]) -> None:
+    """Several epochs, each once: those that the run already has are left as they are."""
     client = _client()
     with _unless_gone(run_id):
-        if epoch not in {metric.step for metric in client.get_metric_history(run_id, "train/loss")}:
-            client.log_batch(run_id, metrics=_metrics(told, epoch))
+        known = {metric.step for metric in client.get_metric_history(run_id, "train/loss")}
+        for row in history:
+            if (epoch := int(row["epoch"])) not in known:
+                told = {key: row[key] for key in EPOCH_METRICS}
+                told |= {key: row[key] for key in AVERAGE_METRICS if key in row}
+                client.log_batch(run_id, metrics=_metrics(told, epoch))
 
 
 def log_final(

@@ -20,7 +20,7 @@ def run(*wanted: str) -> None:
     train = config.load().train
     if subprocess.run([sys.executable, "-m", "dvc", "status", "--quiet"]).returncode:
         check.run()
-        _reproduce(cpus=train.workers * train.cpus_per_worker)
+        _reproduce(cpus=train.least_workers * train.cpus_per_worker)
     report.show()
 
 

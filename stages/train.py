@@ -12,7 +12,7 @@ def run(run_name: str) -> None:
     from pipeline import cluster, shard
 
     shard.verify(experiment.data.shards)
-    cluster.connect(cpus=experiment.train.workers * experiment.train.cpus_per_worker)
+    cluster.connect(cpus=experiment.train.least_workers * experiment.train.cpus_per_worker)
     from pipeline import train  # imports Ray, which `connect` wants to do first
 
     train.train(experiment, run_name)
