@@ -93,7 +93,7 @@ def measure(
     sets = {name: further.load(name, folder, shards.classes) for name, folder in experiment.data.further_val.items()}
     model, ema = model.to(device).eval(), None if ema is None else ema.to(device).eval()
 
-    def batches(images: data.IndexedImages | further.FolderImages) -> Iterable[data.Batch]:
+    def batches(images: data.Images) -> Iterable[data.Batch]:
         return data.val_batches(images, recipe_, experiment.data, batch_size=BATCH_SIZE,
                                 loader_workers=experiment.train.loader_workers, device=device)
 
