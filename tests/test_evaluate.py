@@ -160,6 +160,7 @@ def test_every_validation_image_counts_once(place: Path, logged: dict[str, float
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("logged")
 def test_a_gpu_gives_the_figures_of_the_cpu(place: Path) -> None:
     settings, found = experiment(ema=True, further_val={"again": "source/val"}), []
@@ -167,7 +168,9 @@ def test_a_gpu_gives_the_figures_of_the_cpu(place: Path) -> None:
     for gpu in (False, True):
         train = settings.train.model_copy(update={"gpu": gpu, "loader_workers": 2 * gpu})
         found.append(evaluate.evaluate(settings.model_copy(update={"train": train}), "vit"))
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    one_image = 100 / 15  # rounding may decide one
+    assert found[1] == pytest.approx(found[0], rel=1e-2, abs=one_image + 0.1)
+    assert found[1]["val/loss"] == pytest.approx(found[0]["val/loss"], rel=1e-2)
 
 
 def test_averaged_weights_are_measured_beside_the_plain_ones(place: Path, logged: dict[str, float]) -> None:
