@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -72,7 +72,7 @@ def local(cpus: int = 1) -> Iterator[None]:
 
 
 def parallel(
-    function: Callable[[Item], Result], items: Collection[Item], *, in_process: bool
+    function: Callable[[Item], Result], items: Iterable[Item], *, in_process: bool
 ) -> Iterator[Result]:
     """`function` of every item, in the order in which they end: Ray tasks of one core each, or one after another here.
 
