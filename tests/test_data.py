@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -362,3 +363,24 @@ def test_shards_elsewhere_are_the_same_data_and_other_images_are_not(altered, fo
     (elsewhere / "val-000000.tar").unlink()
     with pytest.raises(ShardError, match="elsewhere/val-000000.tar is in the manifest but missing"):
         Shards(altered)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("cache_gib", [0, 1])
+def test_shards_at_a_url_give_the_same_pixels_in_loader_processes(
+    altered, folder, experiment, recipe, tmp_path, monkeypatch, cache_gib
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    manifest = json.loads((altered / "manifest.json").read_text())
+    (tmp_path / "bucket").mkdir()
+    for path in altered.glob("*.tar"):
+        path.rename(tmp_path / "bucket" / path.name)
+    (altered / "manifest.json").write_text(json.dumps(manifest | {"location": f"file://{tmp_path}/bucket"}))
+
+    def batches(shards: Shards, loader_workers: int) -> list[Batch]:
+        images = IndexedImages(shards, "train")
+        return list(data.train_batches(images, recipe, experiment.data, seed=0, epoch=0, loader_workers=loader_workers))
+
+    remote = Shards(altered, cache_gib=cache_gib)
+    assert_same(batches(Shards(folder), 0), batches(remote, 0))
+    assert_same(batches(Shards(folder), 0), batches(remote, 2))
