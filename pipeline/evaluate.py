@@ -57,7 +57,7 @@ def evaluate(experiment: Experiment, run_name: str, outputs: Path = Path("output
     partial = folder / "metrics.json.partial"
     partial.write_text(json.dumps(metrics, indent=2) + "\n")
     os.replace(partial, folder / "metrics.json")
-    by_epoch = {*track.EPOCH_METRICS, "val/loss"}  # those, training has logged
+    by_epoch = {*track.EPOCH_METRICS, *track.AVERAGE_METRICS, "val/loss"}  # training has logged those
     logged = {name: value for name, value in found.items() if name not in by_epoch}
     track.log_final(track.run_id(run_name, outputs), logged, [folder / "metrics.json"])
     return metrics
