@@ -7,7 +7,6 @@ manifest says where those lie. Each tar is read once, as it is all there that sa
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline import cluster, verify
+from pipeline import cluster
 from pipeline.checksum import checksum
 from pipeline.imagenet import WNID
 from pipeline.labels import Class, assign
@@ -27,7 +26,6 @@ from pipeline.shard import INDEX, SPLITS, Entry, Manifest, appearing, write_inde
 from pipeline.store import ShardError, Store, find, is_url, open_store
 from pipeline.tarscan import Scan, scan
 
-_log = logging.getLogger(__name__)
 _SMALL = 256 << 20  # bytes of tars below which starting Ray takes longer than reading them
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)(?:-of-(?P<of>\d+))?\.tar")
 _CLASSES = ("classes.txt", "classes.json", "classes")
@@ -60,7 +58,6 @@ def index_shards(location: str, out: Path, *, labels: str, in_process: bool | No
         manifest = _index(place, sizes, out, labels, in_process)
     manifest = replace(manifest, source=location)
     write_manifest(out, manifest)
-    verify.remember(out)
     return manifest
 
 

@@ -62,11 +62,14 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """`manifest.json` of a folder of shards. Raises: ShardError if there is none, or it cannot be read."""
     path = Path(folder) / "manifest.json"
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise ShardError(f"{path} not found: run `dvc repro shard` to write the shards") from None
     except ValueError:
         raise ShardError(f"{path} is not valid JSON: run `dvc repro --force shard` to write it again") from None
+    if not {"location", "shards", "indices", "classes", "counts"} <= manifest.keys():
+        raise ShardError(f"{path} is of another version of flopeq: run `dvc repro --force shard` to write it again")
+    return manifest
 
 
 def tars_at(folder: Path, manifest: Mapping[str, Any]) -> Path | str:
