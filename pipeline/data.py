@@ -62,7 +62,7 @@ class Shards:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         open_store(self.folder, self.manifest["indices"]).check()
-        location = self.manifest.get("location") or "."
+        location = self.manifest["location"] or "."
         self.store = open_store(
             location if is_url(location) else self.folder / location, self.manifest["shards"], cache_gib=cache_gib
         )
@@ -175,7 +175,7 @@ class IndexedImages(Dataset):
         except tarfile.HeaderError:
             found = "no header of a tar's member"
         else:
-            if member.size == size and _names(member.name, key):
+            if member.size == size and _is_of(member.name, key):
                 return
             found = f"{member.name} of {member.size} bytes"
         expected = f"the index expects {key} of {size} bytes at byte {self._offset[row]}"
@@ -185,23 +185,21 @@ class IndexedImages(Dataset):
         return self.shards.store.where(self._names[self._shard[row]])
 
 
-def _names(name: str, key: str) -> bool:
+def _is_of(name: str, key: str) -> bool:
     """Whether a tar header's name is that of a key's JPEG, as far as the header holds it."""
     header = name.encode("utf-8", "surrogateescape")
     # What is not ASCII is replaced where a PAX header holds the name itself.
     forms = (f"{key}.".encode(), f"{key}.".encode("ascii", "replace"))
-    return any(
-        header.startswith(form) or len(header) >= _CUT and form.startswith(header) for form in forms
-    )
+    return any(header.startswith(form) or len(header) >= _CUT and form.startswith(header) for form in forms)
 
 
 def epoch_order(num: int, *, seed: int, epoch: int, copies: int = 1, global_batch_size: int = 1) -> Tensor:
     """(num,) int64, the rows of an epoch in their order: a permutation, new in every epoch, if `copies` is 1.
 
     Repeated augmentation (Hoffer et al. 2020; Berman et al. 2019): otherwise each of the first num / copies images
-    of the permutation comes `copies` times, in the same global batch but where its end comes between. A batch holds
-    all first copies, then all second ones, and so on: an image's copies are at least G // copies places apart, and so
-    neither neighbours, which mixup would pair, nor on the same one of `copies` or more ranks.
+    of the permutation comes `copies` times, in one global batch unless a batch ends between them. A batch holds all
+    first copies, then all second ones, and so on: an image's copies are at least G // copies places apart, and so
+    neither in one group of mixup nor on the same one of `copies` or more equal ranks.
     """
     generator = torch.Generator().manual_seed(augment.fold(seed, epoch))
     order = torch.randperm(num, generator=generator)

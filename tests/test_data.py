@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import create_loader
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler
 
@@ -246,6 +247,17 @@ def test_samplers_and_loaders_of_torch_and_timm_read_the_images(folder, experime
     assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (3, 32, 32)
 
 
+def test_timms_loader_takes_the_images_with_its_own_transforms(folder):
+    images = IndexedImages(folder, "train")
+    loader = create_loader(
+        images, (3, 32, 32), 4, is_training=True, auto_augment=None, color_jitter=0.0, num_workers=0,
+        persistent_workers=False, device=torch.device("cpu"),
+    )
+    batches = [inputs for inputs, _ in loader]
+    assert len(batches) == NUM_TRAIN // 4
+    assert all(inputs.shape == (4, 3, 32, 32) and inputs.isfinite().all() for inputs in batches)
+
+
 def test_decoded_pixels_are_pils(folder):
     images = IndexedImages(folder, "train")
     (jpeg,) = images.jpegs([4])
@@ -338,7 +350,7 @@ def test_headers_of_all_of_pythons_tars_name_their_images(folder, tmp_path, form
         row = {"key": of, "shard": "train-000000.tar", "offset": offset, "size": len(jpeg), "label": 0}
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.index.parquet")
         manifest = {"shards": {path.name: {"size": path.stat().st_size, "xxh3": ""} for path in tmp_path.glob("*.tar")},
-                    "indices": {}, "classes": ["one"], "counts": {"train": 1}}
+                    "location": None, "indices": {}, "classes": ["one"], "counts": {"train": 1}}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         return IndexedImages(tmp_path, "train").jpegs([0])[0]
 
