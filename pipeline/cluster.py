@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,7 +87,10 @@ def parallel(
     import ray
     from ray.exceptions import RayTaskError
 
-    task = ray.remote(function)
+    @ray.remote
+    def task(item: Any) -> Result:  # as a partial, which `function` may be, is no function for Ray
+        return function(item)
+
     at_most = _TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
     left, running = iter(items), []
     try:
