@@ -130,7 +130,16 @@ def test_all_thousand_classes_have_imagenets_labels_under_either_name(tmp_path, 
     assert own.classes == theirs.classes == list(imagenet.wnids())
     assert own.splits["val"]["label"].to_pylist() == list(range(1000))
     assert own.splits["train"].equals(theirs.splits["train"])
-    assert "1,000 images in train instead of 1,281,167" in caplog.text
+    assert "train has 1,000 images instead of 1,281,167" in caplog.text
+
+
+def test_a_table_in_another_order_is_not_trusted(tmp_path, monkeypatch):
+    names = imagenet.wnids()
+    empty = {f"{split}/{wnid}/0.JPEG": b"" for split in ("train", "val") for wnid in names}
+    source = layouts.folder_tree(empty, tmp_path)
+    monkeypatch.setattr(imagenet, "wnids", lambda: names[::-1])
+    with pytest.raises(SourceError, match="timm's table of ImageNet's classes is not in the order of the wnids"):
+        scan(source)
 
 
 def test_ilsvrc_ids_are_no_labels(images, tmp_path):
@@ -304,6 +313,16 @@ def test_names_of_any_length_and_prefix_are_read_by_the_standard_library(images,
     assert row["name"] == f"train/{TENCH}/{image}" and content(source, row) == b"content"
 
 
+def test_a_link_in_a_tar_is_refused(images, tmp_path):
+    source = layouts.archives(images, tmp_path / "source")
+    with tarfile.open(source / layouts.VAL_TAR, "w") as tar:
+        link = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "elsewhere.JPEG"
+        tar.addfile(link)
+    with pytest.raises(SourceError, match="ILSVRC2012_val_00000001.JPEG is a link or sparse"):
+        scan(source)
+
+
 # Kaggle
 
 
@@ -335,6 +354,14 @@ def test_kaggles_validation_images_and_table_must_agree(images, tmp_path, build,
     del files[f"{place}9.JPEG"], files[f"{place}2.JPEG"]
     with pytest.raises(SourceError, match=r"images of LOC_val_solution.csv are missing .*: ILSVRC2012_val_00000002;"):
         scan(build(images, tmp_path / "fewer"))
+
+
+@pytest.mark.parametrize("table", [b"", b"Id,Class\n1,2\n", b"ImageId,PredictionString\nname,\n", b"\xff"])
+def test_a_table_that_is_not_kaggles_is_named(images, tmp_path, table):
+    source = layouts.kaggle_folder(images, tmp_path / "source")
+    (source / "LOC_val_solution.csv").write_bytes(table)
+    with pytest.raises(SourceError, match="LOC_val_solution.csv"):
+        scan(source)
 
 
 def test_a_zip_that_was_cut_or_is_not_kaggles_is_refused(images, tmp_path):
@@ -406,6 +433,18 @@ def test_what_is_no_image_is_noted_and_hidden_files_are_not_seen(images, tmp_pat
     listing = scan(source)
     assert listing.ignored == ["train/index.csv", f"train/{TENCH}/notes.txt"]
     assert len(rows(listing)) == len(images)
+
+
+def test_a_name_that_is_not_utf8_is_refused(images, tmp_path):
+    source = layouts.folder_tree(images, tmp_path / "source")
+    path = os.fsencode(source / "train" / TENCH) + b"/\xff.jpg"
+    try:
+        open(path, "wb").close()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    prepare.summary(sources.detect(str(source)))
+    with pytest.raises(SourceError, match=r"udcff.jpg': a name that is not UTF-8; rename it"):
+        scan(source)
 
 
 def test_a_tree_of_another_shape_is_refused(images, tmp_path):

@@ -25,12 +25,11 @@ from pipeline.sources.listing import (
     STORED,
     Listing,
     SourceError,
-    class_list,
     some,
 )
 
 __all__ = ["DEFLATED", "ExistingShards", "IMAGES", "IMAGE_SUFFIXES", "Listing", "PLAIN", "STORED", "Source",
-           "SourceError", "class_list", "detect"]
+           "SourceError", "detect"]
 
 
 class Source(Protocol):

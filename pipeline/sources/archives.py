@@ -142,8 +142,11 @@ def members(path: Path, inner: Member | None = None) -> Iterator[Member]:
                     tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it keeps them all otherwise
                     if member.offset_data + member.size > end:
                         raise SourceError(f"{whole} is cut, in or after the header of {member.name}: {_AGAIN}")
-                    if member.isreg() and not member.issparse():
-                        yield Member(PurePosixPath(member.name).name, member.offset_data, member.size)
+                    if member.isdir():
+                        continue
+                    if not member.isreg() or member.issparse():
+                        raise SourceError(f"{whole}: {member.name} is a link or sparse, and no file in the tar")
+                    yield Member(PurePosixPath(member.name).name, member.offset_data, member.size)
                 _check_end(file, tar.offset, end, whole)
         except tarfile.TarError as error:
             raise SourceError(f"{whole} is cut or damaged ({error}): {_AGAIN}") from None
