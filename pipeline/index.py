@@ -1,13 +1,16 @@
 """Indexing WebDataset shards where they lie: timm's ImageNet and others of that kind, or flopeq's own elsewhere.
 
 Nothing is copied or reordered: `{train,val}.index.parquet` list the images in the order of the tars' names, and the
-manifest says where those lie. Each tar is read once, as it is all there that says what it holds.
+manifest says where those lie. Each tar is read once, as it is all there that says what it holds; what was read
+before an interruption is not read again.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import cluster
 from pipeline.checksum import checksum
@@ -24,10 +28,12 @@ from pipeline.labels import Class, assign
 from pipeline.progress import progress
 from pipeline.shard import INDEX, SPLITS, Entry, Manifest, appearing, write_index, write_manifest
 from pipeline.store import ShardError, Store, find, is_url, open_store
-from pipeline.tarscan import Scan, scan
+from pipeline.tarscan import SAMPLES, Scan, scan
 
 _SMALL = 256 << 20  # bytes of tars below which starting Ray takes longer than reading them
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>\d+)(?:-of-(?P<of>\d+))?\.tar")
+_RECEIPTS = ".scans"
+"""Folder of what was found in each tar, until the index is complete."""
 _CLASSES = ("classes.txt", "classes.json", "classes")
 """Files beside the tars that may name the classes by number: a name a line, or a list or dictionary in JSON."""
 _INFO = ("_info.json", "info.json")
@@ -58,6 +64,7 @@ def index_shards(location: str, out: Path, *, labels: str, in_process: bool | No
         manifest = _index(place, sizes, out, labels, in_process)
     manifest = replace(manifest, source=location)
     write_manifest(out, manifest)
+    shutil.rmtree(out / _RECEIPTS, ignore_errors=True)
     return manifest
 
 
@@ -100,7 +107,7 @@ def _index(place: str, sizes: Mapping[str, int], out: Path, labels: str, in_proc
     splits = _splits(place, sizes)
     tars = [name for names in splits.values() for name in names]
     store = open_store(place, {name: {"size": sizes[name]} for name in tars})
-    scans = _scan_all(store, {name: sizes[name] for name in tars}, place, in_process)
+    scans = _scan_all(store, {name: sizes[name] for name in tars}, out / _RECEIPTS, in_process)
     _compare_counts(place, sizes, scans)
     seen: dict[str, dict[Class, str]] = {
         split: _classes_of(store, [scans[name] for name in names]) for split, names in splits.items()
@@ -125,17 +132,49 @@ def _index(place: str, sizes: Mapping[str, int], out: Path, labels: str, in_proc
     )
 
 
-def _scan_all(store: Store, sizes: Mapping[str, int], place: str, in_process: bool | None) -> dict[str, Scan]:
+def _scan_all(store: Store, sizes: Mapping[str, int], receipts: Path, in_process: bool | None) -> dict[str, Scan]:
+    receipts.mkdir(exist_ok=True)
+    marks = {name: _mark(store.where(name), size) for name, size in sizes.items()}
+    kept = {name: _read_receipt(receipts / f"{name}.parquet", mark) for name, mark in marks.items()}
+    scans = {name: found for name, found in kept.items() if found}
+    left = [name for name in sizes if name not in scans]
+    total = sum(sizes[name] for name in left)
     if in_process is None:
-        in_process = sum(sizes.values()) < _SMALL
-    scans = {}
-    with progress(f"indexing {place}", sum(sizes.values())) as advance:
-        for found in cluster.parallel(partial(scan, store), list(sizes), in_process=in_process):
+        in_process = total < _SMALL
+    with progress("indexing", total) as advance:
+        for found in cluster.parallel(partial(scan, store), left, in_process=in_process):
             if found.size != sizes[found.shard]:
                 raise ShardError(f"{store.where(found.shard)} changed while it was read: run this again")
             scans[found.shard] = found
+            _write_receipt(receipts / f"{found.shard}.parquet", found, marks[found.shard])
             advance(images=found.samples.num_rows, num_bytes=found.size)
     return scans
+
+
+def _mark(where: str, size: int) -> str:
+    """What changes when the tar does; at a URL its size has to do."""
+    if is_url(where):
+        return str(size)
+    stat = os.stat(where)
+    return f"{size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+
+
+def _write_receipt(path: Path, found: Scan, mark: str) -> None:
+    notes = {"mark": mark, "size": str(found.size), "xxh3": found.xxh3}
+    with appearing(path) as partial_path:
+        pq.write_table(found.samples.replace_schema_metadata(notes), partial_path)
+
+
+def _read_receipt(path: Path, mark: str) -> Scan | None:
+    """What was found in a tar, if it was read and did not change since."""
+    try:
+        samples = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid):
+        return None
+    notes = {key.decode(): value.decode() for key, value in (samples.schema.metadata or {}).items()}
+    if notes.get("mark") != mark:
+        return None
+    return Scan(path.name.removesuffix(".parquet"), int(notes["size"]), notes["xxh3"], samples.cast(SAMPLES))
 
 
 def _classes_of(store: Store, scans: list[Scan]) -> dict[Class, str]:

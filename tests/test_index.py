@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from pipeline import imagenet, shard, store, verify
+from pipeline import imagenet, shard, store, tarscan, verify
 from pipeline.data import IndexedImages, Shards
 from pipeline.index import index_shards
 from pipeline.store import ShardError, open_store
@@ -106,6 +106,29 @@ def test_ray_tasks_find_what_one_process_finds(tars, index, tmp_path):
     with pytest.raises(ShardError, match=FIRST):
         (tars / FIRST).write_bytes((tars / FIRST).read_bytes()[:700])
         index_shards(str(tars), tmp_path / "tasks", labels="own", in_process=False)
+
+
+def test_an_interrupted_indexing_goes_on(tars, index, tmp_path, monkeypatch):
+    expected = index()
+    (tmp_path / "out" / "manifest.json").unlink()
+    scanned: list[str] = []
+
+    def counting(store: store.Store, name: str) -> tarscan.Scan:
+        if len(scanned) == 4:
+            raise KeyboardInterrupt
+        scanned.append(name)
+        return scan(store, name)
+
+    monkeypatch.setattr("pipeline.index.scan", counting)
+    with pytest.raises(KeyboardInterrupt):
+        index()
+    path = tars / scanned[1]
+    path.write_bytes(path.read_bytes())
+    again, scanned[:] = scanned[1], []
+    assert index() == expected
+    assert len(scanned) == 3 and again in scanned
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "manifest.json", "train.index.parquet", "val.index.parquet"}
 
 
 def test_labels_are_imagenets_where_they_are_asked_for(index, tmp_path):
