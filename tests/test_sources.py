@@ -223,6 +223,25 @@ def test_a_class_tar_that_was_cut_raises_wherever_it_was(images, tmp_path, posit
         scan(source)
 
 
+def test_no_block_in_which_a_tar_is_cut_is_missed(tmp_path):
+    contents = {"a.JPEG": b"a" * 700, "b.JPEG": b"b" * 512, "c.JPEG": b""}
+    path, behind = tmp_path / "a.tar", tmp_path / "behind.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, inside in contents.items():
+            layouts.add(tar, name, inside)
+    whole = path.read_bytes()
+    end = whole.rindex(b"ustar") - 257 + 512  # of the last header, whose file is empty
+    behind.write_bytes(whole * 2)
+    for length in sorted({block + beyond for block in range(0, len(whole), 512) for beyond in (0, 1, 100, 511)}):
+        path.write_bytes(whole[:length])
+        for found in (archives.members(path), archives.members(behind, archives.Member("inner", 0, length))):
+            if length < end + 512:
+                with pytest.raises(SourceError, match="cut|damaged"):
+                    list(found)
+            else:
+                assert [member.name for member in found] == list(contents)
+
+
 def test_zeros_where_a_header_was_are_not_taken_for_the_end(images, tmp_path):
     source = layouts.archives(images, tmp_path / "source")
     path = source / layouts.VAL_TAR
