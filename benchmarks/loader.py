@@ -22,7 +22,7 @@ from typing import cast
 
 import torch
 from photos import write_photos
-from timm.data import create_dataset, create_loader
+from timm.data import ImageDataset, create_loader
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -81,7 +81,7 @@ def ours(images: data.IndexedImages, augmentation: dict, batch_size: int) -> Bat
 def timms(photos: Path, augmentation: dict, batch_size: int) -> Batches:
     """timm's loader up to where it goes to the device, for which it keeps uint8."""
     loader = create_loader(
-        create_dataset("", root=str(photos / "train")), (3, SIDE, SIDE), batch_size, is_training=True, num_workers=0,
+        ImageDataset(str(photos / "train")), (3, SIDE, SIDE), batch_size, is_training=True, num_workers=0,
         interpolation="bicubic", persistent_workers=False, device=torch.device("cpu"),
         **{"color_jitter": 0.0, **augmentation},
     )
