@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from pipeline.config import Train
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -69,6 +71,17 @@ def local(cpus: int = 1) -> Iterator[None]:
         sys.modules["ray"].shutdown()
         os.environ.clear()
         os.environ.update(before)
+
+
+def room(settings: Train) -> int:
+    """Trainings with all their workers, each whole on a node, that the cluster could hold at once if it were empty."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpu = any(node.get("GPU") for node in nodes) if settings.gpu == "auto" else settings.gpu
+    needed = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})}
+    workers = sum(min(int(node.get(kind, 0) // count) for kind, count in needed.items()) for node in nodes)
+    return workers // settings.most_workers
 
 
 def parallel(

@@ -55,6 +55,11 @@ def run_id(run_name: str, outputs: Path = Path("outputs")) -> str | None:
     return json.loads(path.read_text()).get("mlflow_run_id") if path.is_file() else None
 
 
+def make_experiment(name: str) -> None:
+    """Makes database and experiment where they are missing; two processes that both did would disturb each other."""
+    _experiment_id(_client(), name)
+
+
 def start_run(
     experiment: Experiment, run_name: str, *, resume: str | None = None, device: str | None = None
 ) -> str:
