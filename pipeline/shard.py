@@ -324,7 +324,7 @@ def _check_space(plan: Plan, out: Path) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise ShardError(
-            f"{out} lacks space: the shards take {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free. "
+            f"{out} lacks space: the shards take {needed / 1e6:,.1f} MB more and {free / 1e6:,.1f} MB are free. "
             f"Make room, or make {out} a link to a folder on a larger disk"
         )
 
