@@ -7,7 +7,11 @@ sideways; copies of it have files that were cut or are empty.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import simplejpeg
@@ -22,6 +26,8 @@ _START, _END = b"\xff\xd8", b"\xff\xd9"
 _TAIL = 64  # bytes in which a complete JPEG has its end marker; some writers pad
 _HEAD = 4096  # bytes in which Exif data starts: it comes before all else but a JFIF segment
 _ORIENTATION = 0x0112
+_OF_PIL = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error,
+           Image.DecompressionBombError)  # what its decoders raise over bytes that they do not understand
 _ODD_COLOURS = {"Gray": "grayscale", "CMYK": "cmyk", "YCCK": "cmyk"}
 
 
@@ -63,30 +69,36 @@ def _encoded(content: bytes | memoryview) -> Odd:
     if not len(content):
         raise BadImage("empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of palettes and sizes: what comes out is right
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                file = io.BytesIO()
-                image.convert("RGB").save(file, "JPEG", quality=QUALITY)
-                return Odd((str(image.format).lower(),), file.getvalue())
+        with _opened(content, FORMATS) as image:
+            file = io.BytesIO()
+            image.convert("RGB").save(file, "JPEG", quality=QUALITY)
+            return Odd((str(image.format).lower(),), file.getvalue())
     except UnidentifiedImageError:
         raise BadImage("not an image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _OF_PIL as error:
         raise BadImage(f"cannot be decoded ({error})") from None
 
 
 def _decode(content: bytes | memoryview) -> None:
     """Decodes a suspicious JPEG with PIL, which refuses one that ends early. Raises: BadImage."""
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        with _opened(content, ("JPEG",)) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _OF_PIL as error:
         raise BadImage("truncated" if _END not in bytes(content[-_TAIL:]) else f"damaged ({error})") from None
 
 
 def _is_rotated(content: bytes | memoryview) -> bool:
     try:
-        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        with _opened(content, ("JPEG",)) as image:
             return image.getexif().get(_ORIENTATION, 1) != 1
-    except (OSError, SyntaxError, ValueError):  # of the Exif data: the pixels may still be right
+    except _OF_PIL:  # Exif data that is damaged: the pixels may still be right
         return False
+
+
+@contextmanager
+def _opened(content: bytes | memoryview, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of palettes, sizes and Exif data: what comes out is right
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            yield image

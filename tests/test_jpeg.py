@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 
 import layouts
@@ -91,3 +92,13 @@ def test_other_formats_that_are_cut_are_bad(kind):
     content = encoded(layouts.pixels(4), kind)
     with pytest.raises(BadImage):
         jpeg.inspect(content[: len(content) // 2])
+
+
+@given(kind=st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"]), seed=st.integers(0, 10**6))
+def test_altered_bytes_make_a_bad_image_or_none_but_no_other_error(kind, seed):
+    rng = np.random.default_rng(seed)
+    content = bytearray(encoded(layouts.pixels(5), kind))
+    for place in rng.integers(len(content), size=8):
+        content[place] = rng.integers(256)
+    with contextlib.suppress(BadImage):
+        jpeg.inspect(bytes(content))
