@@ -239,6 +239,7 @@ def test_no_block_in_which_a_tar_is_cut_is_missed(tmp_path):
             with nullcontext() if length >= end + 512 else pytest.raises(SourceError, match="cut|damaged"):
                 for member in found:
                     seen.append(member.name)
+                    assert member.offset + member.size <= length
             assert seen == list(contents)[: len(seen)]
             assert len(seen) == 3 or length < end + 512
 
