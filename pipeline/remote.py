@@ -23,6 +23,8 @@ def connect(location: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
+    for chatty in ("aiobotocore", "botocore"):  # they tell each process, at INFO, where credentials were found
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     protocol = location.partition("://")[0]
     try:
         return url_to_fs(location)
@@ -94,8 +96,8 @@ class _Opened:
 
     def __init__(self, store: RemoteStore) -> None:
         self.pid = os.getpid()
-        self.remote = _Remote(store.location, store.shards)
         self.copies = self.filler = None
+        self.remote = _Remote(store.location, store.shards)
         if store.cache_bytes:
             self.copies = Copies(store.location, store.shards, store.cache)
             self.filler = Filler(self.copies, self.remote.stream, store.cache_bytes)

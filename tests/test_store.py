@@ -363,6 +363,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(ShardError, match="s3://bucket/x: the package s3fs is missing: pip install s3fs"):
         find("s3://bucket/x")
+    with pytest.raises(ShardError, match="pip install s3fs"):
+        open_store("s3://bucket/x", SHARDS).read(NAMES[0], 0, 1)
     with pytest.raises(ShardError, match="nosuch://x is no URL that fsspec reads: Protocol not known: nosuch"):
         find("nosuch://x")
 
