@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from pipeline import imagenet, shard, store, tarscan, verify
+from pipeline import imagenet, progress, shard, store, tarscan, verify
 from pipeline.data import IndexedImages, Shards
 from pipeline.index import index_shards
 from pipeline.store import ShardError, open_store
@@ -130,6 +131,15 @@ def test_an_interrupted_indexing_goes_on(tars, index, tmp_path, monkeypatch):
     assert len(scanned) == 3 and again in scanned
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "manifest.json", "train.index.parquet", "val.index.parquet"}
+
+
+def test_progress_is_told_with_rate_and_time_left(tars, index, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "_LOG_EVERY_S", 0)
+    caplog.set_level("INFO")
+    index()
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("indexing: ")]
+    assert len(told) == 6
+    assert re.fullmatch(r"indexing: 0 of 0 MB, 21 images, \d+ MB/s, 0 min left", told[-1])
 
 
 def test_labels_are_imagenets_where_they_are_asked_for(index, tmp_path):
