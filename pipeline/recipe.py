@@ -62,12 +62,15 @@ def check(recipe: Recipe, data: Data, train: Train) -> None:
         raise ConfigError(f"mixup_group {group} would hold several of the {copies} copies of an image: take at most "
                           f"{batch // copies} of a global batch of {batch}")
     if train.most_workers > batch // group:
-        raise ConfigError(f"train.workers {train.most_workers}: a global batch of {batch} has {batch // group} groups "
-                          f"of {group} images, and so work for at most {batch // group} workers")
+        raise ConfigError(f"train.workers {train.most_workers}: a global batch of {batch} in groups of {group} images "
+                          f"has work for at most {batch // group}")
     if train.batch_per_worker != "auto" and train.batch_per_worker % group:
         fitting = [group * count for count in (1, 2, 4, 8) if group * count <= batch]
         raise ConfigError(f"train.batch_per_worker {train.batch_per_worker} is no whole number of groups of mixup_group "
                           f"{group}: take {', '.join(map(str, fitting))} or auto")
+    if recipe.warmup_epochs + recipe.cooldown_epochs >= recipe.epochs:
+        raise ConfigError(f"warmup_epochs {recipe.warmup_epochs} and cooldown_epochs {recipe.cooldown_epochs} leave none "
+                          f"of the {recipe.epochs} epochs for the decay between them")
     augment.train_transform(recipe, data)
     loss(recipe)
 
