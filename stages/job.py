@@ -32,6 +32,7 @@ def run(folder: str, stage: str, *words: str) -> None:
     if place != Path.cwd():
         lay_out(Path.cwd(), place)
     os.set_inheritable(lock, True)  # the stage keeps it
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # DVC calls `python`
     os.chdir(place)
     os.execv(sys.executable, [sys.executable, "-m", f"stages.{stage}", *words])
 

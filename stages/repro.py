@@ -34,20 +34,20 @@ def _reproduce(experiment: config.Experiment, run_names: Sequence[str], targets:
     """`dvc repro`, but that trainings, none of which needs another, run side by side."""
     settings = experiment.train
     with cluster.local(settings.least_workers * settings.cpus_per_worker):
-        _dvc("repro", "shard")
+        _call_dvc("repro", "shard")
         stages = [f"train@{name}" for name in run_names]
         changed = json.loads(subprocess.check_output([*_DVC, "status", "--json", *stages]))
         if stale := [name for name in run_names if f"train@{name}" in changed]:
             statuses = train_all.train(stale, experiment)
             # DVC takes over what they left as if it had started them.
             if done := [f"train@{name}" for name in stale if not statuses[name]]:
-                _dvc("commit", "--quiet", "--force", *done)
+                _call_dvc("commit", "--quiet", "--force", *done)
             if failed := [status for status in statuses.values() if status]:
                 sys.exit(failed[0])
-        _dvc("repro", *targets)
+        _call_dvc("repro", *targets)
 
 
-def _dvc(*words: str) -> None:
+def _call_dvc(*words: str) -> None:
     """Exits with DVC's status where it fails."""
     with subprocess.Popen([*_DVC, *words]) as dvc:
         try:

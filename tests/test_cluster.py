@@ -179,7 +179,8 @@ def test_a_jobs_folder_takes_the_code_and_keeps_the_rest(tmp_path, root):
     assert (place / "outputs" / "kept").exists()
     assert not (place / "flopeq" / "of_an_older_version.py").exists()  # training's fingerprint would count it
     assert (place / "stages" / "repro.py").read_bytes() == (root / "stages" / "repro.py").read_bytes()
-    stages = subprocess.check_output([sys.executable, "-m", "dvc", "stage", "list", "--name-only"], cwd=place, text=True)
+    command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
+    stages = subprocess.check_output(command, cwd=place, text=True)
     assert "train@e-vit" in stages.split()
 
 
@@ -195,3 +196,99 @@ def test_an_unknown_stage_is_named_before_a_job_touches_its_folder(tmp_path):
     with pytest.raises(ConfigError, match="no stage named 'reproduce'; known: .*repro"):
         job.run(str(tmp_path / "study"), "reproduce")
     assert not (tmp_path / "study").exists()
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[tuple[str, str]]:
+    """A Ray cluster of two nodes with a core each: its address, and that of its job API."""
+    from ray.cluster_utils import Cluster
+
+    port = free_port()
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": port,
+                        "dashboard_agent_listen_port": free_port()},
+    )
+    nodes.add_node(num_cpus=1, dashboard_agent_listen_port=free_port())
+    try:
+        wait_for(lambda: takes_jobs(f"http://127.0.0.1:{port}"), 60)
+        yield nodes.address, f"http://127.0.0.1:{port}"
+    finally:
+        nodes.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def takes_jobs(url: str) -> bool:
+    """The job API answers a while before it can start anything."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        JobSubmissionClient(url).submit_job(entrypoint="true")
+    except (RuntimeError, ConnectionError):
+        return False
+    return True
+
+
+def checkout(folder: Path, **settings) -> Path:
+    """What a user submits: the code, two short runs, and files that must stay at home."""
+    folder.mkdir()
+    for name in (*job.CODE, ".rayignore", ".gitignore"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["models"] = {name: params["models"][name] for name in ("vit", "e-vit")}
+    params["recipes"]["digits"] |= {"epochs": 2, "warmup_epochs": 1, "global_batch_size": 256}
+    params["train"] |= settings
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def spans(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Beginning and end of the MLflow runs in a folder, all of which finished."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+    runs = track._client().search_runs([track._experiment_id(track._client(), "digits")])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    return sorted((run.info.start_time, run.info.end_time) for run in runs)
+
+
+@pytest.mark.slow
+def test_a_submitted_job_leaves_its_results_in_its_folder(two_nodes, tmp_path, monkeypatch):
+    home, place = checkout(tmp_path / "home"), tmp_path / "study"
+    (home / "data").mkdir()
+    (home / "data" / "photos.tar").write_bytes(os.urandom(101 << 20))  # more than Ray would upload
+    command = [sys.executable, "-m", "stages.job", str(place), "repro", "--runs", "vit", "e-vit"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ray"), "job", "submit", "--address", two_nodes[1], "--working-dir", ".", "--",
+         *command],
+        cwd=home, text=True, capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("vit", "e-vit"):
+        metrics = json.loads((place / "outputs" / name / "metrics.json").read_text())
+        assert metrics["val/top1_pct"] > 10
+        assert (place / "outputs" / name / "weights.safetensors").exists()
+    assert not (home / "outputs").exists()
+    first, second = spans(place, monkeypatch)
+    assert second[0] < first[1]  # side by side: there is a core for each
+
+    before = (place / "dvc.lock").read_bytes()
+    subprocess.run(command, cwd=home, check=True, capture_output=True)  # nothing is left to do
+    assert (place / "dvc.lock").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_runs_that_take_all_nodes_train_one_after_the_other(two_nodes, tmp_path, monkeypatch):
+    place = checkout(tmp_path / "study", workers=2)
+    monkeypatch.chdir(place)
+    for stage in ("prepare", "shard"):
+        subprocess.run([sys.executable, "-m", f"stages.{stage}"], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "stages.train_all", "vit", "e-vit"], text=True, capture_output=True,
+                          env={**os.environ, "RAY_ADDRESS": two_nodes[0]})
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = spans(place, monkeypatch)
+    assert second[0] >= first[1]
