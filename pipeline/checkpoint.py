@@ -11,7 +11,6 @@ later, is passed over for the one before it.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +24,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pipeline.checksum import checksum
-
-logger = logging.getLogger(__name__)
 
 Weights = Mapping[str, Tensor]
 _COMPLETE, _STATE = "complete.json", "state.pt"
@@ -50,6 +47,8 @@ class Checkpoints:
         self._files, self._root = open_place(place)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
+        self.passed_over: dict[str, str] = {}
+        """What is wrong with each checkpoint that `newest` passed over."""
 
     def save(self, step: int, state: Any, best: Mapping[str, Weights]) -> None:
         """Takes a copy of the state now and writes it meanwhile; first waits for the checkpoint before it.
@@ -67,12 +66,18 @@ class Checkpoints:
             self._pending = None
 
     def newest(self) -> str | None:
-        """Name of the newest whole checkpoint; those passed over are told of. None: there is none."""
-        for name in sorted(self._names(), reverse=True):
+        """Name of the newest whole checkpoint; those newer than it are `passed_over`. None: there is none."""
+        self.passed_over = {}
+        for name in reversed(self.names()):
             if (fault := self._fault(name)) is None:
                 return name
-            logger.warning("checkpoint %s/%s is passed over: %s", self._root, name, fault)
+            self.passed_over[name] = fault
         return None
+
+    def names(self) -> list[str]:
+        """Of all that is there, whole or not, in the order of their steps."""
+        entries = self._files.get_file_info(FileSelector(self._root, allow_not_found=True))
+        return sorted(entry.base_name for entry in entries if _NAME.fullmatch(entry.base_name))
 
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[Any, dict[str, dict[str, Tensor]]]:
         """State, on the device, and best weights of a checkpoint."""
@@ -101,12 +106,10 @@ class Checkpoints:
             listed[f"{key}.safetensors"] = file.entry
         with self._files.open_output_stream(f"{folder}/{_COMPLETE}") as stream:
             stream.write(json.dumps(listed, indent=1).encode())
-        for old in sorted(self._names())[: -self.keep]:
-            self._files.delete_dir(f"{self._root}/{old}")
-
-    def _names(self) -> list[str]:
-        entries = self._files.get_file_info(FileSelector(self._root, allow_not_found=True))
-        return [entry.base_name for entry in entries if _NAME.fullmatch(entry.base_name)]
+        older = [other for other in self.names() if other < name]
+        newer = [other for other in self.names() if other > name]  # passed over, else training would have gone on there
+        for other in (*newer, *older[: len(older) - self.keep + 1]):
+            self._files.delete_dir(f"{self._root}/{other}")
 
     def _listed(self, name: str) -> dict[str, dict[str, Any]]:
         with self._files.open_input_stream(f"{self._root}/{name}/{_COMPLETE}") as file:

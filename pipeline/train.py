@@ -43,7 +43,8 @@ HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pc
 HISTORY_EMA = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
 _WEIGHTS = {loop.PLAIN: "weights.safetensors", loop.EMA: "weights_ema.safetensors"}
 _CODE = ("augment", "data", "decode", "loop", "recipe", "worker")
-_MAX_FAILURES = 5  # of workers or nodes, in one go
+_MAX_FAILURES = 3  # of workers or nodes, until training must have got on
+_RAY = "ray-"
 # What leaves the weights as they are; of the data, because the shards' own fingerprint says it.
 _UNFELT = {
     "train": {"workers", "cpus_per_worker", "gpu", "loader_workers", "batch_per_worker", "checkpoint_steps",
@@ -68,59 +69,86 @@ def train(experiment: Experiment, run_name: str) -> None:
     place = _Place.of(experiment, run_name, fingerprint(configuration, shards))
     note = place.take_up()
     checkpoints = Checkpoints(place.checkpoints, keep=settings.keep_checkpoints)
-    if newest := checkpoints.newest():
-        logger.info("%s goes on from %s/%s", run_name, place.checkpoints, newest)
+    task = Task(experiment, run_name, str(Path.cwd()), place.checkpoints, place.stop)
+    scaling = ray.train.ScalingConfig(
+        num_workers=settings.workers,
+        use_gpu=gpu,
+        resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+    )
 
     from pipeline import track  # not before the run is sure to start: importing MLflow takes seconds
 
-    mlflow_run_id = track.start_run(experiment, run_name, resume=note.get("mlflow_run_id"))
-    place.write(mlflow_run_id, "running")
-    status = "interrupted"
-    try:
-        with _stopping_at(place.stop), journal.following(_telling(experiment, run_name, mlflow_run_id)) as callback:
-            result = _Trainer(
-                work,
-                train_loop_config=Task(experiment, run_name, str(Path.cwd()), place.checkpoints, str(place.stop)),
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=settings.workers,
-                    use_gpu=gpu,
-                    resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-                ),
-                run_config=ray.train.RunConfig(
-                    name=f"ray-{time.time_ns()}",  # another name each time: Ray shall not restore what it remembers
-                    storage_path=place.storage,
-                    failure_config=ray.train.FailureConfig(max_failures=_MAX_FAILURES),
-                    callbacks=[callback],
-                ),
-            ).fit()
-        outcome = result.return_value
-        assert outcome is not None  # of rank 0, whose function ended: `fit` has raised otherwise
-        track.log_epochs(mlflow_run_id, outcome["history"])  # where an interruption came between
-        if outcome["status"] == "stopped":
-            logger.warning("%s was stopped, with a checkpoint: the same command goes on from there", run_name)
-            sys.exit(128 + signal.SIGTERM)
-        status = outcome["status"]
-        weights = _weights(checkpoints, outcome, lambda: _model(experiment, run_name, shards.num_classes))
-        _write_outputs(Path("outputs") / run_name, configuration, outcome, weights, place, mlflow_run_id)
-        place.write(mlflow_run_id, status)
-    finally:
-        place.tidy()
-        track.finish(mlflow_run_id, status)
+    with _stopping_on_sigterm(place):
+        mlflow_run_id = track.start_run(experiment, run_name, resume=note.get("mlflow_run_id"))
+        place.write(mlflow_run_id, "running")
+        status = "interrupted"
+        try:
+            with journal.following(place.journal, _telling(experiment, run_name, mlflow_run_id)) as callback:
+                outcome = _fit(task, scaling, place.storage, callback, checkpoints)
+            track.log_epochs(mlflow_run_id, outcome["history"])  # where an interruption came between
+            if outcome["status"] == "stopped":
+                logger.warning("%s was stopped, with a checkpoint: the same command goes on from there", run_name)
+                sys.exit(128 + signal.SIGTERM)
+            status = outcome["status"]
+            weights = _weights(checkpoints, outcome, lambda: _model(experiment, run_name, shards.num_classes))
+            _write_outputs(Path("outputs") / run_name, configuration, outcome, weights, place, mlflow_run_id)
+            place.write(mlflow_run_id, status)
+        finally:
+            place.tidy()
+            track.finish(mlflow_run_id, status)
+
+
+def _fit(
+    task: Task, scaling: ray.train.ScalingConfig, storage: str, callback: journal.Journal, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """What `work` returns on rank 0, however many workers and nodes fail, as long as training gets on between.
+
+    Raises: what the workers raised, if it is an error for people; otherwise Ray's own.
+    """
+    while True:
+        before = checkpoints.names()
+        trainer = _Trainer(
+            work,
+            train_loop_config=task,
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name=f"{_RAY}{time.time_ns()}",  # another name each time: Ray shall not restore what it remembers
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=_MAX_FAILURES),
+                callbacks=[callback],
+            ),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            for cause in _causes(error):
+                if type(cause).__module__.startswith("pipeline."):
+                    raise cause from None
+            if checkpoints.names()[-1:] == before[-1:]:
+                raise
+            logger.warning("%d failures: once more from the newest checkpoint", _MAX_FAILURES + 1)
+        else:
+            assert outcome is not None  # as rank 0's function has ended
+            return outcome
+
+
+def _causes(error: Exception) -> list[BaseException]:
+    """What was raised on the workers."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return [getattr(failure, "_base_exc", failure) for failure in failures]
 
 
 @contextmanager
-def _stopping_at(path: Path) -> Iterator[None]:
+def _stopping_on_sigterm(place: _Place) -> Iterator[None]:
     """Turns SIGTERM, as a job gets it that is preempted, into the file that asks the workers to stop."""
-    path.unlink(missing_ok=True)
     if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: path.touch())
+    before = signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        path.unlink(missing_ok=True)
 
 
 class _Trainer(TorchTrainer):
@@ -163,9 +191,14 @@ class _Place:
         return f"{self.storage}/steps"
 
     @property
-    def stop(self) -> Path:
+    def stop(self) -> str:
         """The file that asks the workers to stop."""
-        return self.notes / "stop"
+        return f"{self.storage}/stop"
+
+    @property
+    def journal(self) -> Path:
+        """Where the driver hears of the workers."""
+        return self.notes / "journal.jsonl"
 
     def take_up(self) -> dict[str, str]:
         """The note of an earlier training of this configuration; what lies here of others is removed."""
@@ -175,19 +208,28 @@ class _Place:
             for entry in system.get_file_info(FileSelector(above, allow_not_found=True)):
                 if entry.type == FileType.Directory and entry.base_name != self.fingerprint:
                     system.delete_dir(entry.path)
+        files.create_dir(root, recursive=True)
+        self.tidy()
         path = self.notes / "run.json"
         return json.loads(path.read_text()) if path.is_file() else {}
+
+    def ask_to_stop(self) -> None:
+        """Makes the file that asks the workers to stop."""
+        files, path = open_place(self.stop)
+        files.open_output_stream(path).close()
 
     def write(self, mlflow_run_id: str, status: str) -> None:
         """Notes how the training stands, and in which MLflow run."""
         _write_json(self.notes / "run.json", {"mlflow_run_id": mlflow_run_id, "status": status})
 
     def tidy(self) -> None:
-        """Removes Ray's own notes, which nothing reads."""
+        """Removes Ray's own notes, which nothing reads, and the wish to stop."""
         files, root = open_place(self.storage)
         for entry in files.get_file_info(FileSelector(root, allow_not_found=True)):
-            if entry.base_name.startswith("ray-"):
+            if entry.base_name.startswith(_RAY):
                 files.delete_dir(entry.path)
+            elif entry.base_name == PurePosixPath(self.stop).name:
+                files.delete_file(entry.path)
 
 
 def _gpu(experiment: Experiment) -> bool:
@@ -212,12 +254,27 @@ def _model(experiment: Experiment, run_name: str, num_classes: int, device: str 
 
 
 def _telling(experiment: Experiment, run_name: str, mlflow_run_id: str) -> Callable[[dict[str, Any]], None]:
-    """What to do with every epoch's metrics: a line for people, MLflow for the rest."""
+    """What to do with every entry of the journal: a line for people; MLflow for an epoch's metrics."""
     from pipeline import track
 
-    epochs, first = experiment.recipe(run_name).epochs, []
+    recipe_, first = experiment.recipe(run_name), []
+    epochs = recipe_.epochs
 
     def tell(row: dict[str, Any]) -> None:
+        if "failed" in row:
+            told = "; ".join(f"rank {rank}: {message}" for rank, message in row["failed"].items())
+            logger.warning("%s lost workers, and starts them anew (%s)", run_name, told)
+            return
+        if "start_step" in row:
+            first.clear()
+            for name, fault in row["passed_over"].items():
+                logger.warning("%s: checkpoint %s is passed over: %s", run_name, name, fault)
+            logger.info(
+                "%s %s step %d of %d  workers %d  images %d a step, %d at once a worker", run_name,
+                "goes on from" if row["start_step"] else "starts at", row["start_step"], row["steps"], row["workers"],
+                recipe_.global_batch_size, row["batch_size"],
+            )
+            return
         now, epoch = time.monotonic(), row["epoch"]
         first[:] = first or [epoch, now]
         eta = "" if epoch <= first[0] else f"  ETA {(now - first[1]) / (epoch - first[0]) * (epochs - epoch - 1):.0f} s"

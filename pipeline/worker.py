@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed
+from pyarrow.fs import FileType
 from ray.train.torch import get_device, prepare_model
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline import data, loop, memory, recipe
-from pipeline.checkpoint import Checkpoints
+from pipeline.checkpoint import Checkpoints, open_place
 from pipeline.config import Experiment, Recipe
 
-_POLL_S = 0.5
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Task:
     checkpoints: str
     """Where its checkpoints lie: a folder or URL."""
     stop: str
-    """A file whose appearance asks the training to write a checkpoint and end."""
+    """A file, at a path or URL, whose appearance asks the training to write a checkpoint and end."""
 
 
 def work(task: Task) -> dict[str, Any]:
@@ -57,6 +58,10 @@ def work(task: Task) -> dict[str, Any]:
         training.load_state_dict(*checkpoints.load(newest, device))
     batch_size = _batch_size(task.experiment, recipe_, model, amp, shards.num_classes, world_size)
     forward, no_sync = _forward(model, device, compile=settings.compile, world_size=world_size)
+    ray.train.report({
+        "start_step": training.step, "steps": steps_per_epoch * recipe_.epochs, "workers": world_size,
+        "batch_size": batch_size, "passed_over": checkpoints.passed_over,
+    })
 
     def save(training: loop.Training) -> None:
         if rank == 0:
@@ -74,7 +79,7 @@ def work(task: Task) -> dict[str, Any]:
     mine = {"rank": rank, "world_size": world_size}
     theirs = {**mine, "loader_workers": settings.loader_workers, "device": device}
     status, message = "finished", None
-    with _appearance(Path(task.stop)) as stop:
+    with _appearance(task.stop) if rank == 0 else nullcontext(lambda: False) as stop:
         try:
             loop.fit(
                 training,
@@ -88,7 +93,7 @@ def work(task: Task) -> dict[str, Any]:
                 ),
                 on_step=after_step,
                 on_epoch=after_epoch,
-                stop=stop if rank == 0 else lambda: False,
+                stop=stop,
                 num_classes=shards.num_classes,
                 seed=seed,
                 names=images["train"].keys,
@@ -165,14 +170,17 @@ def _all_reduce(sums: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _appearance(path: Path) -> Iterator[Callable[[], bool]]:
-    """Whether a file has appeared, as a thread sees it that looks twice a second."""
+def _appearance(place: str) -> Iterator[Callable[[], bool]]:
+    """Whether a file has appeared, as a thread sees it that looks once a second."""
     appeared, ended = threading.Event(), threading.Event()
+    files, path = open_place(place)
 
     def look() -> None:
         while not ended.wait(_POLL_S):
-            if path.exists():
-                appeared.set()
+            with suppress(OSError):  # of a storage that does not answer now and then
+                if files.get_file_info(path).type != FileType.NotFound:
+                    appeared.set()
+                    return
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
