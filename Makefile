@@ -12,9 +12,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: repro plan verify test test-slow ui lint
 
-repro: $(STAMP)  ## train, measure and compare every model of params.yaml, or of PRESET with the images in SOURCE
+repro: $(STAMP)  ## train, measure and compare every model of params.yaml, or of PRESET with the images in SOURCE; or RUNS, with SEEDS
 	@$(if $(SOURCE),$(if $(PRESET),,$(error SOURCE needs a PRESET: one of $(notdir $(basename $(wildcard presets/*.yaml))))))\
-	  $(IN_VENV) python -m stages.repro $(PRESET) $(if $(SOURCE),"$(SOURCE)")
+	  $(IN_VENV) python -m stages.repro $(PRESET) $(if $(SOURCE),"$(SOURCE)") \
+	  $(if $(RUNS),--runs $(RUNS)) $(if $(SEEDS),--seeds $(SEEDS))
 
 plan: $(STAMP)  ## what every run would take, with nothing started; IMG_PER_S: training throughput of one GPU
 	@$(IN_VENV) python -m stages.plan $(IMG_PER_S)

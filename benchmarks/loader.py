@@ -1,4 +1,4 @@
-"""Images per second and core: our loader, timm's and torchvision's, from files to uint8 batches, in one alternating run.
+"""Images per second and core from files to uint8 batches: our loader, timm's and torchvision's, alternating.
 
     python benchmarks/loader.py --photos /tmp/photos                    crop and flop, then the recipes' augmentations
     python benchmarks/loader.py --photos /tmp/photos --only crop
@@ -22,13 +22,13 @@ from typing import cast
 
 import torch
 from photos import write_photos
-from timm.data import create_dataset, create_loader
+from timm.data import ImageDataset, create_loader
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from pipeline import augment, config, data
+from pipeline import augment, config, data, shard
 
 AUGMENTATIONS = {
     "crop": {},
@@ -81,7 +81,7 @@ def ours(images: data.IndexedImages, augmentation: dict, batch_size: int) -> Bat
 def timms(photos: Path, augmentation: dict, batch_size: int) -> Batches:
     """timm's loader up to where it goes to the device, for which it keeps uint8."""
     loader = create_loader(
-        create_dataset("", root=str(photos / "train")), (3, SIDE, SIDE), batch_size, is_training=True, num_workers=0,
+        ImageDataset(str(photos / "train")), (3, SIDE, SIDE), batch_size, is_training=True, num_workers=0,
         interpolation="bicubic", persistent_workers=False, device=torch.device("cpu"),
         **{"color_jitter": 0.0, **augmentation},
     )
@@ -139,9 +139,7 @@ def preset() -> config.Experiment:
 
 
 def shards(photos: Path, folder: Path) -> data.Shards:
-    from pipeline.shard import write_shards
-
-    write_shards(photos, folder, images_per_shard=256, seed=0)
+    shard.write(str(photos), folder, images_per_shard=256, seed=0)
     return data.Shards(folder)
 
 

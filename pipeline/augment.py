@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, cast
@@ -144,34 +144,30 @@ class Erase:
         return images
 
 
-BatchTransform = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+BatchTransform = Callable[[Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor]]
 
 
 def batch_transform(recipe: Recipe, num_classes: int) -> BatchTransform:
-    """(images (B, 3, H, W), labels (B,), seed) -> (mixed images, soft targets (B, num_classes)).
+    """(images (B, 3, H, W), labels (B,), seeds) -> (mixed images, soft targets (B, num_classes)); images in place.
 
-    timm's mixup or cutmix, drawn per batch, and label smoothing. With the global batch's seed on every rank,
-    neighbours in the epoch's order are mixed, so that ranks with slices of even length see what one would.
-    Raises: ValueError if images are to be mixed and their number is odd.
+    timm's mixup or cutmix, and label smoothing. The images are as many groups of one size as there are seeds, and each
+    group is mixed within itself, first with last, in a way drawn from its seed: ranks with whole groups see what one
+    rank with all of them would.
     """
     smoothing = recipe.label_smoothing
     if not (recipe.mixup_alpha or recipe.cutmix_alpha):
-        return lambda images, labels, seed: (images, mixup_target(labels, num_classes, smoothing=smoothing))
+        return lambda images, labels, seeds: (images, mixup_target(labels, num_classes, smoothing=smoothing))
     mixup = Mixup(
         mixup_alpha=recipe.mixup_alpha, cutmix_alpha=recipe.cutmix_alpha,
         label_smoothing=smoothing, num_classes=num_classes,
     )
 
-    def transform(images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        if len(images) % 2:
-            raise ValueError(f"mixup pairs images: a worker's batch must be even, and holds {len(images)}")
-        # timm pairs the first with the last: 0 2 4 .. 5 3 1 makes neighbours of them.
-        order = torch.cat([torch.arange(0, len(images), 2), torch.arange(len(images) - 1, 0, -2)])
-        order = order.to(images.device)
+    def transform(images: Tensor, labels: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        targets = []
         with borrowed_generators():
-            reseed(seed)
-            mixed, targets = mixup(images[order], labels[order])
-        back = order.argsort()
-        return mixed[back], targets[back]
+            for seed, *group in zip(seeds, images.chunk(len(seeds)), labels.chunk(len(seeds)), strict=True):
+                reseed(seed)
+                targets.append(mixup(*group)[1])
+        return images, torch.cat(targets)
 
     return transform

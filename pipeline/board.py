@@ -113,7 +113,7 @@ class Board:
     def _flush(self, spec: Spec) -> None:
         rows, self._pending[spec.fingerprint] = self._pending[spec.fingerprint], []
         if rows:
-            track.log_curve(self._runs[spec.fingerprint], rows)
+            track.log_epochs(self._runs[spec.fingerprint], rows)
         self._flushed[spec.fingerprint] = time.monotonic()
 
     def _judge(self, spec: Spec, top1_pct: float) -> None:

@@ -8,9 +8,11 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pipeline.config import Train
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,8 +73,19 @@ def local(cpus: int = 1) -> Iterator[None]:
         os.environ.update(before)
 
 
+def room(settings: Train) -> int:
+    """Trainings with all their workers, each whole on a node, that the cluster could hold at once if it were empty."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpu = any(node.get("GPU") for node in nodes) if settings.gpu == "auto" else settings.gpu
+    needed = {"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})}
+    workers = sum(min(int(node.get(kind, 0) // count) for kind, count in needed.items()) for node in nodes)
+    return workers // settings.most_workers
+
+
 def parallel(
-    function: Callable[[Item], Result], items: Collection[Item], *, in_process: bool
+    function: Callable[[Item], Result], items: Iterable[Item], *, in_process: bool
 ) -> Iterator[Result]:
     """`function` of every item, in the order in which they end: Ray tasks of one core each, or one after another here.
 
@@ -87,7 +100,10 @@ def parallel(
     import ray
     from ray.exceptions import RayTaskError
 
-    task = ray.remote(function)
+    @ray.remote
+    def task(item: Any) -> Result:  # as a partial, which `function` may be, is no function for Ray
+        return function(item)
+
     at_most = _TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
     left, running = iter(items), []
     try:

@@ -117,6 +117,9 @@ class Recipe(_Section):
     """Parameter of mixup's beta distribution; 0: off."""
     cutmix_alpha: Annotated[float, Field(ge=0)]
     """Parameter of cutmix's beta distribution; 0: off."""
+    mixup_group: Positive
+    """Images that mixup and cutmix pair among themselves, in one way drawn for the group: what a GPU's batch is in timm.
+    A worker takes whole groups at once. Without mixing it is the least that a worker takes at once."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     """Decay of the moving average of the weights, which is then what is validated and kept; None: off."""
     repeated_augmentation: Positive
@@ -126,20 +129,36 @@ class Recipe(_Section):
 
 
 class Train(_Section):
-    workers: Positive
-    """Ray Train workers, one process each."""
+    workers: Positive | tuple[Positive, Positive]
+    """Ray Train workers, one process each; [least, most]: as many as the cluster has room for, while it runs too."""
     cpus_per_worker: Positive
     """CPU cores (and torch threads) of each worker."""
     gpu: Literal["auto"] | bool
     """One GPU per worker: `auto` where the cluster has one."""
     loader_workers: Annotated[int, Field(ge=0)]
     """Processes that decode images, per worker; 0: the worker itself."""
+    batch_per_worker: Literal["auto"] | Positive
+    """Images of one forward pass; a worker whose share of the global batch is larger accumulates several.
+    `auto`: as many as fit a GPU; on a CPU the whole share."""
+    checkpoint_steps: Positive | None
+    """Optimizer steps between checkpoints within an epoch; None: only at its end."""
     amp: Literal["off", "bf16", "fp16"]
     """Autocast dtype of the forward pass; fp16 scales the loss and needs a GPU."""
     compile: bool
     """Train through torch.compile (falls back to eager, and says so, without a C++ compiler)."""
     keep_checkpoints: Positive
-    """Newest checkpoints kept, besides the best."""
+    """Newest checkpoints kept, each with the best weights so far."""
+
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which training does not start."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers at most."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Throughput(_Section):

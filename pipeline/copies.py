@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from pipeline.checksum import checksum
 from pipeline.store import DAMAGED, Entries, Part, ShardError, allow_open_files
 
 _log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Copies:
                 os.close(descriptor)
 
     def path(self, shard: str) -> Path:
-        return self.folder / f"{self.shards[shard]['sha256'][:16]}-{shard}"
+        return self.folder / f"{self.shards[shard]['xxh3']}-{shard}"
 
     def read(self, part: Part) -> bytes | None:
         """The bytes, or None if there is no copy of that shard."""
@@ -128,19 +129,19 @@ class Filler(threading.Thread):
         """Copies one shard; False if it was left or is not what the manifest says."""
         path = self.copies.path(name)
         partial = path.with_name(f"{path.name}.partial")
-        digest = hashlib.sha256()
+        digest = checksum()
         with partial.open("wb") as file:
             for content in self.stream(name):
                 if self.left.is_set():
                     return False
                 digest.update(content)
                 file.write(content)
-        expected = self.copies.shards[name]["sha256"]
+        expected = self.copies.shards[name]["xxh3"]
         if digest.hexdigest() != expected:
             partial.unlink()
             self.failure = ShardError(
-                f"{self.copies.location}/{name} does not match its manifest (sha256 {digest.hexdigest()[:16]}..., "
-                f"not {expected[:16]}...): {DAMAGED}"
+                f"{self.copies.location}/{name} does not match its manifest (xxh3 {digest.hexdigest()}, "
+                f"not {expected}): {DAMAGED}"
             )
             return False
         os.replace(partial, path)

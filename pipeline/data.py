@@ -1,8 +1,9 @@
 """Reading the shards through their index: any order, every image once, resumable anywhere.
 
 Order is a pure function of (seed, epoch, rank, world size). Global batch b of an epoch holds the places
-[b G, (b+1) G) of the epoch's order, and rank r takes its contiguous r-th part of each. What is random in an
-image follows its place (pipeline/augment.py), so any world size, and a resumed run, sees the same pixels.
+[b G, (b+1) G) of the epoch's order, and rank r takes its contiguous r-th part of each, in whole mixup groups. What is
+random in an image follows its place, what is random in a group follows the group's (pipeline/augment.py), so any
+world size, and a resumed run, sees the same pixels.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from pipeline import augment
 from pipeline.config import Data, Recipe
 from pipeline.decode import decode
+from pipeline.sources import SourceError
 from pipeline.store import DAMAGED, Part, ShardError, is_url, open_store, read_manifest
 
 _FETCHED_AHEAD = 4  # batches that each loader process prepares in advance
@@ -32,7 +33,7 @@ _CUT = 99  # bytes of a name that fit into that block; longer ones stand in bloc
 
 
 class Batch(NamedTuple):
-    """Images of one rank at one step."""
+    """Images that one rank takes at once: its part of a global batch, or a piece of that part."""
 
     images: Tensor
     """(B, 3, H, W) float32, normalised."""
@@ -40,8 +41,10 @@ class Batch(NamedTuple):
     """(B,) int64."""
     rows: Tensor
     """(B,) int64, rows of the split's index: `IndexedImages.keys(rows)` names the images."""
-    seed: int
-    """Seed of the global batch, for `augment.batch_transform`."""
+    seeds: tuple[int, ...] = ()
+    """One for each group of `mixup_group` images, for `augment.batch_transform`."""
+    ends_step: bool = True
+    """Whether it is the last piece of this rank's part of the global batch."""
 
 
 class Shards:
@@ -59,7 +62,7 @@ class Shards:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         open_store(self.folder, self.manifest["indices"]).check()
-        location = self.manifest.get("location") or "."
+        location = self.manifest["location"] or "."
         self.store = open_store(
             location if is_url(location) else self.folder / location, self.manifest["shards"], cache_gib=cache_gib
         )
@@ -78,13 +81,29 @@ class Shards:
     @property
     def fingerprint(self) -> str:
         """A hash of what training can see of the shards: classes, images and their order, wherever they lie."""
-        files = self.manifest["shards"] | self.manifest["indices"]
-        seen = [self.classes, self.manifest["counts"], {name: entry["sha256"] for name, entry in files.items()}]
+        seen = {key: self.manifest[key] for key in ("classes", "counts", "indices", "shards")}
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
     def num_images(self, split: str) -> int:
         """Images of `train` or `val`."""
         return self.manifest["counts"][split]
+
+
+class Images(Protocol):
+    """What a split's images do to be batched."""
+
+    labels: Tensor
+    """(num_images,) int64."""
+
+    def __len__(self) -> int: ...
+
+    def jpegs(self, rows: Sequence[int]) -> list[bytes]:
+        """The encoded images of those rows."""
+        ...
+
+    def decode(self, row: int, jpeg: bytes) -> Tensor:
+        """uint8 (3, H, W) of one. Raises: ShardError or SourceError, naming it."""
+        ...
 
 
 class IndexedImages(Dataset):
@@ -141,7 +160,8 @@ class IndexedImages(Dataset):
         try:
             return decode(jpeg)
         except ValueError as error:
-            raise ShardError(f"{self._where(row)} does not decode ({error}): {DAMAGED}") from None
+            (key,) = self.keys([row])
+            raise ShardError(f"{self._where(row)}: {key} does not decode ({error}): {DAMAGED}") from None
 
     def keys(self, rows: Sequence[int] | Tensor) -> list[str]:
         """Keys of the images in the tars, `<split>/<class>/<name>`, for people."""
@@ -155,7 +175,7 @@ class IndexedImages(Dataset):
         except tarfile.HeaderError:
             found = "no header of a tar's member"
         else:
-            if member.size == size and _names(member.name, key):
+            if member.size == size and _is_of(member.name, key):
                 return
             found = f"{member.name} of {member.size} bytes"
         expected = f"the index expects {key} of {size} bytes at byte {self._offset[row]}"
@@ -165,23 +185,21 @@ class IndexedImages(Dataset):
         return self.shards.store.where(self._names[self._shard[row]])
 
 
-def _names(name: str, key: str) -> bool:
+def _is_of(name: str, key: str) -> bool:
     """Whether a tar header's name is that of a key's JPEG, as far as the header holds it."""
     header = name.encode("utf-8", "surrogateescape")
     # What is not ASCII is replaced where a PAX header holds the name itself.
     forms = (f"{key}.".encode(), f"{key}.".encode("ascii", "replace"))
-    return any(
-        header.startswith(form) or len(header) >= _CUT and form.startswith(header) for form in forms
-    )
+    return any(header.startswith(form) or len(header) >= _CUT and form.startswith(header) for form in forms)
 
 
 def epoch_order(num: int, *, seed: int, epoch: int, copies: int = 1, global_batch_size: int = 1) -> Tensor:
     """(num,) int64, the rows of an epoch in their order: a permutation, new in every epoch, if `copies` is 1.
 
     Repeated augmentation (Hoffer et al. 2020; Berman et al. 2019): otherwise each of the first num / copies images
-    of the permutation comes `copies` times, in the same global batch but where its end comes between. A batch holds
-    all first copies, then all second ones, and so on: an image's copies are at least G // copies places apart, and so
-    neither neighbours, which mixup would pair, nor on the same one of `copies` or more ranks.
+    of the permutation comes `copies` times, in one global batch unless a batch ends between them. A batch holds all
+    first copies, then all second ones, and so on: an image's copies are at least G // copies places apart, and so
+    neither in one group of mixup nor on the same one of `copies` or more equal ranks.
     """
     generator = torch.Generator().manual_seed(augment.fold(seed, epoch))
     order = torch.randperm(num, generator=generator)
@@ -203,39 +221,51 @@ def steps_per_epoch(num: int, global_batch_size: int) -> int:
 
 
 def train_batches(
-    images: IndexedImages, recipe: Recipe, data: Data, *, seed: int, epoch: int, rank: int = 0,
-    world_size: int = 1, start_step: int = 0, accumulated: int = 1, loader_workers: int = 0,
+    images: Images, recipe: Recipe, data: Data, *, seed: int, epoch: int, rank: int = 0,
+    world_size: int = 1, start_step: int = 0, batch_size: int | None = None, loader_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """This rank's part of every global batch of an epoch from `start_step` on, augmented, in `accumulated` pieces.
+    """This rank's part of every global batch of an epoch from `start_step` on, augmented, `batch_size` at a time.
 
-    Raises: ValueError if the global batch does not divide among the ranks and pieces, does not hold two images with
-    all their copies, or the data does not fill one.
+    A global batch is divided in whole groups of `mixup_group` images, so that ranks may get unequal numbers of them.
+
+    Args:
+        batch_size: images at once, a multiple of `mixup_group`; None: the whole part.
+    Raises: ValueError for a batch that is not made of whole groups, for more ranks than groups, for copies of an image
+        that would share a group, or if the data does not fill a global batch.
     """
-    size, copies = recipe.global_batch_size, recipe.repeated_augmentation
-    if size % (world_size * accumulated):
-        pieces = f", {accumulated} pieces each" if accumulated > 1 else ""
-        raise ValueError(f"global_batch_size {size} does not divide among {world_size} workers{pieces}")
-    if copies > 1 and size < 2 * copies:
-        raise ValueError(f"global_batch_size {size} does not hold {copies} copies (repeated_augmentation) of 2 images")
+    size, group, copies = recipe.global_batch_size, recipe.mixup_group, recipe.repeated_augmentation
+    num_groups = size // group
+    if size % group or (batch_size or group) % group:
+        raise ValueError(f"batches of {size} and {batch_size} images are not made of whole groups of {group}")
+    if world_size > num_groups:
+        raise ValueError(f"a global batch of {num_groups} groups does not divide among {world_size} workers")
+    if copies > 1 and group > size // copies:
+        raise ValueError(f"groups of {group} images in a global batch of {size} hold several of {copies} copies")
     order = epoch_order(len(images), seed=seed, epoch=epoch, copies=copies, global_batch_size=size)
-    share, piece = size // world_size, size // (world_size * accumulated)
-    steps = range(start_step, steps_per_epoch(len(images), size))
-    starts = [step * size + rank * share + part * piece for step in steps for part in range(accumulated)]
-    places = [range(start, start + piece) for start in starts]
+    first, last = (num_groups * part // world_size * group for part in (rank, rank + 1))
+    at_once = batch_size or last - first
+    places = [
+        range(step * size + start, step * size + min(start + at_once, last))
+        for step in range(start_step, steps_per_epoch(len(images), size)) for start in range(first, last, at_once)
+    ]
     fetch = Fetch(images, augment.train_transform(recipe, data), order, seed=augment.fold(seed, epoch))
     normalize, erase = augment.Normalize(data, device), augment.Erase(recipe)
     for part, (pixels, labels) in zip(places, _load(fetch, places, loader_workers, device), strict=True):
         inputs = normalize(pixels)
         if recipe.random_erasing:
             erase(inputs, (augment.fold(fetch.seed, place, _ERASING) for place in part))
-        labels = labels.to(device, non_blocking=True)
-        mixing = augment.fold(fetch.seed, part.start // size, _MIXING)
-        yield Batch(inputs, labels, order[part.start : part.stop], mixing)
+        yield Batch(
+            inputs,
+            labels.to(device, non_blocking=True),
+            order[part.start : part.stop],
+            tuple(augment.fold(fetch.seed, place, _MIXING) for place in part[::group]),
+            part.stop % size == last % size,
+        )
 
 
 def val_batches(
-    images: IndexedImages, recipe: Recipe, data: Data, *, batch_size: int, rank: int = 0, world_size: int = 1,
+    images: Images, recipe: Recipe, data: Data, *, batch_size: int, rank: int = 0, world_size: int = 1,
     loader_workers: int = 0, device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """Every image of the split exactly once over the ranks, in the index's order, `batch_size` at a time.
@@ -249,13 +279,15 @@ def val_batches(
     normalize = augment.Normalize(data, device)
     for part, (pixels, labels) in zip(places, _load(fetch, places, loader_workers, device), strict=True):
         labels = labels.to(device, non_blocking=True)
-        yield Batch(normalize(pixels), labels, fetch.order[part.start : part.stop], 0)
+        yield Batch(normalize(pixels), labels, fetch.order[part.start : part.stop])
 
 
 class Fetch(Dataset):
     """places -> (uint8 (B, 3, H, W), labels (B,)), each image with the generators set for its place."""
 
-    def __init__(self, images: IndexedImages, transform: v2.Compose, order: Tensor, *, seed: int) -> None:
+    def __init__(
+        self, images: Images, transform: Callable[[Tensor], Tensor], order: Tensor, *, seed: int
+    ) -> None:
         self.images, self.transform, self.order, self.seed = images, transform, order, seed
 
     def __getitem__(self, places: range) -> tuple[Tensor, Tensor]:
@@ -269,13 +301,30 @@ class Fetch(Dataset):
         return torch.stack(pixels_BHWC).permute(0, 3, 1, 2), self.images.labels[rows]
 
 
+class _Elsewhere(Dataset):
+    """A Fetch in another process, where errors are values: torch would bury their message in a traceback."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self.fetch = fetch
+
+    def __getitem__(self, places: range) -> tuple[Tensor, Tensor] | ValueError:
+        try:
+            return self.fetch[places]
+        except (ShardError, SourceError) as error:
+            return error
+
+
 def _load(
     fetch: Fetch, places: list[range], loader_workers: int, device: torch.device | str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if not loader_workers:
-        return (fetch[part] for part in places)
-    return iter(DataLoader(
-        fetch, batch_size=None, sampler=places, num_workers=loader_workers, prefetch_factor=_FETCHED_AHEAD,
-        pin_memory=torch.device(device).type == "cuda",
+        yield from (fetch[part] for part in places)
+        return
+    for fetched in DataLoader(
+        _Elsewhere(fetch), batch_size=None, sampler=places, num_workers=loader_workers,
+        prefetch_factor=_FETCHED_AHEAD, pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # else it draws a seed, which nothing here uses, from the global one
-    ))
+    ):
+        if isinstance(fetched, ValueError):
+            raise fetched
+        yield fetched

@@ -57,7 +57,7 @@ def evaluate(experiment: Experiment, run_name: str, outputs: Path = Path("output
     partial = folder / "metrics.json.partial"
     partial.write_text(json.dumps(metrics, indent=2) + "\n")
     os.replace(partial, folder / "metrics.json")
-    by_epoch = {*track.EPOCH_METRICS, "val/loss"}  # those, training has logged
+    by_epoch = {*track.EPOCH_METRICS, *track.AVERAGE_METRICS, "val/loss"}  # training has logged those
     logged = {name: value for name, value in found.items() if name not in by_epoch}
     track.log_final(track.run_id(run_name, outputs), logged, [folder / "metrics.json"])
     return metrics
@@ -93,7 +93,7 @@ def measure(
     sets = {name: further.load(name, folder, shards.classes) for name, folder in experiment.data.further_val.items()}
     model, ema = model.to(device).eval(), None if ema is None else ema.to(device).eval()
 
-    def batches(images: data.IndexedImages | further.FolderImages) -> Iterable[data.Batch]:
+    def batches(images: data.Images) -> Iterable[data.Batch]:
         return data.val_batches(images, recipe_, experiment.data, batch_size=BATCH_SIZE,
                                 loader_workers=experiment.train.loader_workers, device=device)
 

@@ -6,6 +6,7 @@ The devkit's own numbering (ILSVRC ids) is in another order, and is never a labe
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import cache
 
 WNID = re.compile(r"n\d{8}")
@@ -20,3 +21,8 @@ def wnids() -> tuple[str, ...]:
     from timm.data import ImageNetInfo  # imports torch
 
     return tuple(ImageNetInfo().label_names())
+
+
+def all_there(classes: Collection[str]) -> bool:
+    """Whether these are the 1,000 classes, in any order."""
+    return len(classes) == 1000 and set(classes) == set(wnids())

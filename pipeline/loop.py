@@ -48,6 +48,10 @@ class NonFiniteLoss(ArithmeticError):
         )
 
 
+class Stopped(Exception):
+    """The training was asked to end before its last epoch; its state is that between two steps."""
+
+
 @dataclass
 class Best:
     """The best epoch so far by validation top-1, and its weights; epoch -1: the initial ones."""
@@ -137,12 +141,12 @@ def fit(
     val_batches: Callable[[], Iterable[Batch]],
     on_epoch: Callable[[Training], None],
     on_step: Callable[[Training], None] = lambda training: None,
+    stop: Callable[[], bool] = lambda: False,
     num_classes: int,
     seed: int,
     names: Callable[[Tensor], list[Any]] = Tensor.tolist,
     amp: str = "off",
     forward: Callable[[Tensor], Tensor] | None = None,
-    accumulated: int = 1,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
     rank: int = 0,
     world_size: int = 1,
@@ -151,15 +155,18 @@ def fit(
     """Trains from where `training` stands to the recipe's last epoch.
 
     Args:
-        train_batches: of an epoch, from a step of it on: this worker's slices of its global batches, each in
-            `accumulated` parts of one size, on the model's device.
+        train_batches: of an epoch, from a step of it on: this worker's slices of its global batches, each in one part
+            or several, on the model's device. Workers' slices may differ in size: each image counts alike.
         val_batches: this worker's part of the validation images, there too.
         on_epoch, on_step: see the state after each epoch, and after each step within one.
+        stop: whether the training shall end; one worker that says so ends it for all.
         names: what to call the images of `Batch.rows` when they make the loss infinite.
         amp: a key of AMP_DTYPES.
         forward: the model as it is to be called (compiled, wrapped in DDP); None: the model itself.
         no_sync: a context in which gradients stay on their worker, for all parts but a step's last.
-    Raises: NonFiniteLoss, on every worker at the same step, at the latest one step after it happened.
+    Raises, on every worker at the same step, at the latest one step after it happened:
+        NonFiniteLoss: the run has diverged.
+        Stopped: `stop` said so.
     """
     device = next(training.model.parameters()).device
     loss_fn = recipes.loss(recipe)
@@ -169,29 +176,36 @@ def fit(
         training.model.train()
         training.scheduler.step(epoch)
         started, images, pending = time.perf_counter(), 0, None
-        batches = iter(train_batches(epoch, len(training.losses)))
-        while len(training.losses) < training.steps_per_epoch:
-            step, parts, rows = training.step, [], []
-            _seed(device, augment.fold(seed, step, rank))
-            training.scheduler.step_update(step)
-            training.optimizer.zero_grad(set_to_none=True)
-            for part in range(accumulated):
-                batch = next(batches)
-                inputs, targets = mix(batch.images, batch.labels, batch.seed)
-                with nullcontext() if part == accumulated - 1 else no_sync():
-                    with autocast(device, amp):
-                        loss = loss_fn(forward(inputs), targets) / accumulated
-                    training.scaler.scale(loss).backward()
-                parts.append(loss.detach())
-                rows.append(batch.rows)
-                images += len(inputs) * world_size
+        losses, rows = [], []
+        for batch in train_batches(epoch, len(training.losses)):
+            step = training.step
+            if not losses:
+                _seed(device, augment.fold(seed, step, rank))
+                training.scheduler.step_update(step)
+                training.optimizer.zero_grad(set_to_none=True)
+            inputs, targets = mix(batch.images, batch.labels, batch.seeds)
+            weight = len(inputs) * world_size / recipe.global_batch_size  # DDP takes the mean over the workers
+            with nullcontext() if batch.ends_step else no_sync():
+                with autocast(device, amp):
+                    loss = loss_fn(forward(inputs), targets) * weight
+                training.scaler.scale(loss).backward()
+            losses.append(loss.detach())
+            rows.append(batch.rows)
+            if not batch.ends_step:
+                continue
             _update(training, recipe, step)
-            mean = all_reduce(torch.stack(parts).sum()) / world_size
-            _check(pending, names)  # of the step before: reading this one's would wait for the device
-            pending = (mean, epoch, step, training.optimizer.param_groups[0]["lr"], torch.cat(rows))
-            training.losses.append(mean)
+            mean = torch.stack(losses).sum()
+            told = all_reduce(torch.stack([mean, mean.new_tensor(float(stop()))])) / world_size
+            stopping = _check(pending, names)  # of the step before: reading this one's would wait for the device
+            pending = (told, epoch, step, training.optimizer.param_groups[0]["lr"], torch.cat(rows))
+            training.losses.append(told[0])
+            images += recipe.global_batch_size
+            losses, rows = [], []
             on_step(training)
-        _check(pending, names)
+            if stopping:
+                raise Stopped
+        if _check(pending, names):
+            raise Stopped
         train_loss = torch.stack(training.losses).mean().item()
         seconds = time.perf_counter() - started
         row = {"epoch": epoch, "lr": training.optimizer.param_groups[0]["lr"], "train/loss": train_loss}
@@ -263,7 +277,12 @@ def _update(training: Training, recipe: Recipe, step: int) -> None:
         training.ema.update(training.model, step + 1)
 
 
-def _check(pending: tuple[Tensor, int, int, float, Tensor] | None, names: Callable[[Tensor], list[Any]]) -> None:
-    if pending is not None and not math.isfinite(loss := pending[0].item()):
-        _, epoch, step, lr, rows = pending
+def _check(pending: tuple[Tensor, int, int, float, Tensor] | None, names: Callable[[Tensor], list[Any]]) -> bool:
+    """Whether a worker asked to stop at that step. Raises: NonFiniteLoss if its loss was not finite."""
+    if pending is None:
+        return False
+    told, epoch, step, lr, rows = pending
+    loss, stop = told.tolist()
+    if not math.isfinite(loss):
         raise NonFiniteLoss(loss, epoch=epoch, step=step, lr=lr, ids=names(rows))
+    return stop > 0

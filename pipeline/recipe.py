@@ -15,7 +15,7 @@ from torch import nn
 
 from flopeq.build import build
 from pipeline import augment
-from pipeline.config import ConfigError, Data, Recipe, Run
+from pipeline.config import ConfigError, Data, Recipe, Run, Train
 
 
 def model(run: Run, recipe: Recipe, *, num_classes: int, seed: int, device: str = "cpu") -> nn.Module:
@@ -48,13 +48,29 @@ def _drop_paths(model: nn.Module, recipe: Recipe) -> None:
             setattr(block, name, DropPath(rate))
 
 
-def check(recipe: Recipe, data: Data, workers: int) -> None:
+def check(recipe: Recipe, data: Data, train: Train) -> None:
     """What a recipe alone does not show to be wrong. Raises: ConfigError, saying what to change."""
-    share, rest = divmod(recipe.global_batch_size, workers)
-    if rest:
-        raise ConfigError(f"global_batch_size {recipe.global_batch_size} does not divide over train.workers {workers}")
-    if share % 2 and (recipe.mixup_alpha or recipe.cutmix_alpha):
-        raise ConfigError(f"mixup pairs images, so a worker's share of global_batch_size must be even, not {share}")
+    batch, group = recipe.global_batch_size, recipe.mixup_group
+    if batch % group:
+        fitting = [size for size in range(2, min(batch, 512) + 1) if batch % size == 0]
+        raise ConfigError(f"global_batch_size {batch} is no whole number of groups of mixup_group {group}: "
+                          f"take one of {', '.join(map(str, fitting))}")
+    if group % 2 and (recipe.mixup_alpha or recipe.cutmix_alpha):
+        raise ConfigError(f"mixup pairs images, so mixup_group must be even, not {group}")
+    copies = recipe.repeated_augmentation
+    if copies > 1 and group > batch // copies:
+        raise ConfigError(f"mixup_group {group} would hold several of the {copies} copies of an image: take at most "
+                          f"{batch // copies} of a global batch of {batch}")
+    if train.most_workers > batch // group:
+        raise ConfigError(f"train.workers {train.most_workers}: a global batch of {batch} in groups of {group} images "
+                          f"has work for at most {batch // group}")
+    if train.batch_per_worker != "auto" and train.batch_per_worker % group:
+        fitting = [group * count for count in (1, 2, 4, 8) if group * count <= batch]
+        raise ConfigError(f"train.batch_per_worker {train.batch_per_worker} is no whole number of groups of mixup_group "
+                          f"{group}: take {', '.join(map(str, fitting))} or auto")
+    if recipe.warmup_epochs + recipe.cooldown_epochs >= recipe.epochs:
+        raise ConfigError(f"warmup_epochs {recipe.warmup_epochs} and cooldown_epochs {recipe.cooldown_epochs} leave none "
+                          f"of the {recipe.epochs} epochs for the decay between them")
     augment.train_transform(recipe, data)
     loss(recipe)
 

@@ -23,6 +23,8 @@ def connect(location: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations
 
+    for chatty in ("aiobotocore", "botocore"):  # they tell each process, at INFO, where credentials were found
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     protocol = location.partition("://")[0]
     try:
         return url_to_fs(location)
@@ -33,15 +35,18 @@ def connect(location: str) -> tuple[Any, str]:
         raise ShardError(f"{location} is no URL that fsspec reads: {error}") from None
 
 
-def find(location: str) -> dict[str, Any]:
-    """Names and sizes of the files directly at a URL; None where the listing has no size."""
+def find(location: str) -> dict[str, int]:
+    """Names and sizes of the files directly at a URL."""
     files, root = connect(location)
     try:
         files.invalidate_cache()
-        listed = files.ls(root, detail=True)
+        listed = [file for file in files.ls(root, detail=True) if file["type"] == "file"]
+        sizes = [file["size"] for file in listed]
+        if None in sizes:  # a listing over http has none
+            sizes = files.sizes([file["name"] for file in listed])
     except Exception as error:  # of the file system's own classes, which differ
         raise _unreadable(location, error) from None
-    return {file["name"].rstrip("/").rpartition("/")[2]: file["size"] for file in listed if file["type"] == "file"}
+    return {file["name"].rpartition("/")[2]: size for file, size in zip(listed, sizes, strict=True)}
 
 
 def _unreadable(url: str, error: BaseException) -> ShardError:
@@ -91,8 +96,8 @@ class _Opened:
 
     def __init__(self, store: RemoteStore) -> None:
         self.pid = os.getpid()
-        self.remote = _Remote(store.location, store.shards)
         self.copies = self.filler = None
+        self.remote = _Remote(store.location, store.shards)
         if store.cache_bytes:
             self.copies = Copies(store.location, store.shards, store.cache)
             self.filler = Filler(self.copies, self.remote.stream, store.cache_bytes)

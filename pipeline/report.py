@@ -247,7 +247,7 @@ def measured_how(experiment: Experiment, results: Sequence[Result]) -> list[str]
         for s in (result.speed for result in results)
         if s
     }
-    workers = f"{train.workers} worker{'s' if train.workers > 1 else ''}"
+    workers = f"{train.most_workers} worker{'s' if train.most_workers > 1 else ''}"
     notes = [
         f"Data: {data.name}, images of {data.image_size} × {data.image_size} pixels. Training: {workers} of "
         f"{train.cpus_per_worker} CPU cores, mixed precision {train.amp}, "

@@ -1,38 +1,44 @@
-"""Writing shards: WebDataset tars and an index of where each JPEG lies, the same bytes for the same source.
+"""Writing shards: WebDataset tars and an index of where each JPEG lies, the same bytes for the same images.
 
-A folder of shards holds `train-000000.tar ...`, `val-000000.tar ...` (`<key>.jpg`, then `<key>.cls`, the
-label as a number), `{train,val}.index.parquet` (a row an image, in the tars' order) and `manifest.json`.
-Validation images lie in sorted order, training images in the order of a seeded hash of their names, so that
-readers that only stream see mixed classes too.
+A folder of shards holds `train-000000.tar ...`, `val-000000.tar ...` (`<key>.jpg`, then `<key>.cls`, the label as a
+number), `{train,val}.index.parquet` (a row an image, in the tars' order), `oddities.csv` and, last to appear,
+`manifest.json`. Validation images lie in sorted order, training images in the order of a seeded hash of their names,
+so that readers that only stream see mixed classes too.
+
+A shard follows from the names, labels, sizes and contents of its images alone. Each one that is finished leaves a
+receipt, and is kept by the next run if it still has its hash: an interrupted run goes on, and of damaged shards only
+these are written again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import hashlib
-import io
 import json
+import logging
 import os
-import sys
-import tarfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
 
-from pipeline.data import Shards
-from pipeline.store import DAMAGED, ShardError
+from pipeline import cluster, jpeg
+from pipeline.checksum import checksum_of
+from pipeline.gather import Place, Reader, Tar, tar_size
+from pipeline.progress import progress
+from pipeline.sources import ExistingShards, Listing, SourceError, detect
+from pipeline.store import ShardError
 
 SPLITS = ("train", "val")
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-JPEG_QUALITY = 95
 INDEX = pa.schema([
     ("key", pa.string()),
     ("shard", pa.string()),  # name of the tar
@@ -40,15 +46,18 @@ INDEX = pa.schema([
     ("size", pa.int64()),  # of the JPEG, in bytes
     ("label", pa.int64()),
 ])
-_READERS = 8  # threads that read the source ahead of the writer
-_TAR_HEADER = 512  # bytes: USTAR has one block before each file
+RECEIPTS = ".receipts"
+_NOTES = b"flopeq"  # key of a receipt in a parquet file's metadata
+ODDITIES = "oddities.csv"
+_RECIPE = "1"  # changes with the bytes that are written for the same images, so that no shard of old is kept
+_SMALL = 256 << 20  # bytes of images below which starting Ray takes longer than the writing
+_NAMED = 20  # bad images that an error names
+_CHUNK = 1 << 16  # names that are Python objects at a time
 
-Entry = dict[str, str | int]
-"""Size in bytes, and sha256, of a file."""
-
-
-class SourceError(ValueError):
-    """The folder of images cannot be sharded; the message names the file or folder and what is wrong."""
+Entry = dict[str, Any]
+"""`size` in bytes and `xxh3` (pipeline.checksum) of a file."""
+Finding = tuple[str, str, str]
+"""Name of an image, what is odd about it, and what was done."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,17 @@ class Manifest:
     """What a folder of shards holds; `manifest.json` is this, field by field."""
 
     source: str
-    """Folder that was sharded."""
-    seed: int
-    """Seed of the training images' order."""
-    images_per_shard: int
-    """Images in each tar but a split's last."""
+    """What data.source named."""
+    layout: str
+    """What was found there, in words."""
+    location: str | None
+    """Folder or URL of the tars; None: beside the manifest."""
+    seed: int | None
+    """Seed of the training images' order; None: they lie as they were found."""
+    images_per_shard: int | None
+    """Images in each tar but a split's last, before bad ones are left out; None: as they were found."""
+    labels: str
+    """Whose indices the labels are: `own` or `imagenet`."""
     classes: list[str]
     """Names of the classes; a label is a place in this list."""
     counts: dict[str, int]
@@ -69,184 +84,345 @@ class Manifest:
     """Tars by name."""
     indices: dict[str, Entry]
     """Indices by name, one a split."""
-    reencoded: list[str]
-    """Images of the source that were no JPEG, and were encoded as one."""
-    skipped: list[str]
+    oddities: dict[str, int]
+    """Images of each kind that `oddities.csv` lists by name."""
+    skipped: dict[str, str]
+    """Bad images that were left out, and why."""
+    ignored: list[str]
     """Files of the source that are no images, by their suffix."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    name: str  # path relative to the source, with slashes
-    key: str
-    label: int
+def write(
+    source: str, out: Path, *, images_per_shard: int, seed: int, labels: str = "own", on_bad_image: str = "error",
+    in_process: bool | None = None,
+) -> Manifest:
+    """Shards whatever lies at `source` into `out`; shards that are there already are only indexed.
 
-
-def write_shards(source: Path, out: Path, *, images_per_shard: int, seed: int) -> Manifest:
-    """Shards the folder tree `{train,val}/<class>/*` into `out`; JPEGs are copied as they are.
-
-    Every file appears under its name when it is complete, the manifest last.
-    Raises: SourceError for a folder of another shape, or an image that cannot be read.
+    Args:
+        on_bad_image: `error` or `skip`.
+        in_process: whether this process does it all; None: unless the images are worth starting Ray tasks for.
+    Raises: SourceError, ShardError, ClusterError; see `write_shards`.
     """
-    source, out = Path(source), Path(out)
-    splits, classes, skipped = _scan(source)
-    splits["train"].sort(key=lambda image: hashlib.blake2b(f"{seed}/{image.name}".encode()).digest())
-    out.mkdir(parents=True, exist_ok=True)
-    _clear(out)
-    shards: dict[str, Entry] = {}
-    indices: dict[str, Entry] = {}
-    reencoded: list[str] = []
-    with ThreadPoolExecutor(_READERS) as readers:
-        for split, images in splits.items():
-            tables = []
-            for number, start in enumerate(_progress(range(0, len(images), images_per_shard), split)):
-                part = images[start : start + images_per_shard]
-                contents = readers.map(lambda image: _read(source / image.name), part)
-                shard = f"{split}-{number:06d}.tar"
-                with _appearing(out / shard, shards) as file:
-                    rows, others = _write_tar(file, zip(part, contents, strict=True))
-                tables.append(pa.Table.from_pylist([{"shard": shard, **row} for row in rows], schema=INDEX))
-                reencoded += others
-            with _appearing(out / f"{split}.index.parquet", indices) as file:
-                pq.write_table(pa.concat_tables(tables).combine_chunks(), file)
-    manifest = Manifest(
-        source=source.as_posix(), seed=seed, images_per_shard=images_per_shard, classes=classes,
-        counts={split: len(images) for split, images in splits.items()},
-        shards=shards, indices=indices, reencoded=sorted(reencoded), skipped=skipped,
+    found = detect(source)
+    if isinstance(found, ExistingShards):
+        from pipeline import index  # uses what is above
+
+        return index.index_shards(found.location, out, labels=labels)
+    logging.info("%s is %s", source, found.layout)
+    return write_shards(
+        found.scan(labels), found.root, out, source=source, images_per_shard=images_per_shard, seed=seed,
+        labels=labels, on_bad_image=on_bad_image, in_process=in_process,
     )
-    with _appearing(out / "manifest.json", {}) as file:
-        file.write(f"{json.dumps(asdict(manifest), indent=1)}\n".encode())
+
+
+def write_shards(
+    listing: Listing, root: Path, out: Path, *, source: str, images_per_shard: int, seed: int, labels: str = "own",
+    on_bad_image: str = "error", in_process: bool | None = None,
+) -> Manifest:
+    """Writes the images of a listing, whose files lie in `root`, as shards into `out`; JPEGs stay as they are.
+
+    A file appears under its name when it is complete, the manifest last. Nothing waits for the disk to have synced.
+    Raises: SourceError for bad images (all of them, after every other shard was written) or a source that changed;
+    ShardError if the disk is full or is not the one that the tasks write to.
+    """
+    root, out = Path(root).absolute(), Path(out).absolute()
+    plan = Plan(listing, root, out, images_per_shard=images_per_shard, seed=seed, skip=on_bad_image == "skip")
+    (out / RECEIPTS).mkdir(parents=True, exist_ok=True)
+    _clear(out, plan)
+    _check_space(plan, out)
+    total = plan.num_bytes()
+    receipts: dict[str, Receipt] = {}
+    with progress(f"sharding {out.name}", total) as advance:
+        for receipt in cluster.parallel(
+            _write_shard, plan.tasks(), in_process=total < _SMALL if in_process is None else in_process
+        ):
+            receipts[receipt.shard] = receipt
+            advance(images=receipt.num_images, num_bytes=receipt.num_bytes)
+    bad = {name: reason for receipt in receipts.values() for name, reason in receipt.bad.items()}
+    if bad and on_bad_image != "skip":
+        raise SourceError(_told(bad))
+    shards = {shard: receipts[shard].entry for shard in sorted(receipts)}
+    _check_visible(out, shards)
+    indices: dict[str, Entry] = {}
+    counts = {}
+    for split in SPLITS:
+        tables = [pq.ParquetFile(_receipt_path(out, shard)).read() for shard in plan.shards(split)]
+        table = pa.concat_tables(tables).combine_chunks().replace_schema_metadata(None)
+        counts[split] = len(table)
+        if not counts[split]:
+            raise SourceError(f"no image of {split} is left: all were bad")
+        write_index(out, split, table, indices)
+    findings = sorted((name, oddity, done) for receipt in receipts.values() for name, oddity, done in receipt.findings)
+    with appearing(out / ODDITIES) as path, path.open("w", newline="") as file:
+        lines = csv.writer(file, lineterminator="\n")
+        lines.writerow(["name", "oddity", "done"])
+        lines.writerows(findings)
+    manifest = Manifest(
+        source=source, layout=listing.layout, location=None, seed=seed, images_per_shard=images_per_shard,
+        labels=labels, classes=listing.classes, counts=counts, shards=shards, indices=indices,
+        oddities=dict(sorted(Counter(oddity for _, oddity, _ in findings).items())),
+        skipped=dict(sorted(bad.items())), ignored=listing.ignored,
+    )
+    write_manifest(out, manifest)
     return manifest
 
 
-def verify(folder: Path | str) -> None:
-    """Compares every file with the manifest's hash (1.4 GB/s on one core here).
-
-    Raises: ShardError, naming the first file that differs.
-    """
-    shards = Shards(folder)
-    files = shards.manifest["shards"] | shards.manifest["indices"]
-    paths = [shards.folder / name for name in files]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path, digest in zip(paths, pool.map(_sha256, paths), strict=True):
-            if digest != files[path.name]["sha256"]:
-                raise ShardError(f"{path} does not match its manifest, its contents differ: {DAMAGED}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _scan(source: Path) -> tuple[dict[str, list[_Image]], list[str], list[str]]:
-    """The images of each split in sorted order, the classes, and the names of what is no image."""
-    for split in SPLITS:
-        if not (source / split).is_dir():
-            raise SourceError(f"{source / split} not found: images must lie in {source / split}/<class>/")
-    classes = sorted(name for name in os.listdir(source / "train") if (source / "train" / name).is_dir())
-    splits: dict[str, list[_Image]] = {}
-    skipped: list[str] = []
-    for split in SPLITS:
-        images: dict[str, _Image] = {}
-        for folder in sorted(os.listdir(source / split)):
-            if not (source / split / folder).is_dir():
-                skipped.append(f"{split}/{folder}")
-                continue
-            if folder not in classes:
-                raise SourceError(f"{source / split / folder}: there is no such class in {source / 'train'}")
-            label = classes.index(folder)
-            for file in sorted(os.listdir(source / split / folder)):
-                name = f"{split}/{folder}/{file}"
-                stem, suffix = os.path.splitext(file)
-                if suffix.lower() not in IMAGE_SUFFIXES:
-                    skipped.append(name)
-                    continue
-                # For WebDataset a key ends at the first dot of the file's name.
-                key = f"{split}/{folder}/{stem.replace('.', '_')}"
-                if key in images:
-                    raise SourceError(f"{source / name}: {images[key].name} has the key {key} too: rename")
-                images[key] = _Image(name, key, label)
-        if not images:
-            raise SourceError(f"no images in {source / split}: they must lie in {source / split}/<class>/")
-        splits[split] = list(images.values())
-    return splits, classes, skipped
-
-
-def _clear(out: Path) -> None:
-    """Removes the files of an earlier writing, the manifest first."""
-    for pattern in ("manifest.json", "*.partial", *(f"{split}[-.]*" for split in SPLITS)):
-        for path in out.glob(pattern):
-            path.unlink()
-
-
-def _read(path: Path) -> tuple[bytes, bool]:
-    """The image as a JPEG, and whether it had to be encoded as one.
-
-    Of a JPEG the header is read; one without an end marker is decoded too, as it may have been cut.
-    """
-    content = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.format == "JPEG":
-                if b"\xff\xd9" not in content[-64:]:
-                    image.load()
-                return content, False
-            encoded = io.BytesIO()
-            image.convert("RGB").save(encoded, "JPEG", quality=JPEG_QUALITY)
-            return encoded.getvalue(), True
-    except UnidentifiedImageError:
-        raise SourceError(f"{path} is not an image: replace or remove it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SourceError(f"{path} cannot be read ({error}): replace or remove it") from None
-
-
-def _write_tar(
-    file: BinaryIO, images: Iterable[tuple[_Image, tuple[bytes, bool]]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Writes a tar; the index's rows without the shard's name, and the names of what was encoded."""
-    rows, reencoded = [], []
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for image, (jpeg, was_encoded) in images:
-            offset = tar.offset + _TAR_HEADER
-            rows.append({"key": image.key, "offset": offset, "size": len(jpeg), "label": image.label})
-            if was_encoded:
-                reencoded.append(image.name)
-            for suffix, content in (("jpg", jpeg), ("cls", str(image.label).encode())):
-                header = tarfile.TarInfo(f"{image.key}.{suffix}")  # uid, gid and mtime are 0, the mode 0644
-                header.size = len(content)
-                try:
-                    tar.addfile(header, io.BytesIO(content))
-                except ValueError:
-                    raise SourceError(f"{image.name}: too long a name for a tar (100 characters)") from None
-    return rows, reencoded
-
-
-class _HashedFile(io.FileIO):
-    """A new file that hashes what is written to it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data, /) -> int:
-        num_bytes = super().write(data)
-        self.sha256.update(memoryview(data)[:num_bytes])
-        return num_bytes
-
-
 @contextmanager
-def _appearing(path: Path, entries: dict[str, Entry]) -> Iterator[BinaryIO]:
-    """A file that appears under its name, and in `entries` with size and hash, when the block ends well."""
-    partial = path.with_name(f"{path.name}.partial")
-    raw = _HashedFile(partial)
-    with io.BufferedWriter(raw, 1 << 20) as file:
-        yield cast(BinaryIO, file)
-        file.flush()
-        os.fsync(raw.fileno())
-    os.replace(partial, path)
-    entries[path.name] = {"size": path.stat().st_size, "sha256": raw.sha256.hexdigest()}
+def appearing(path: Path) -> Iterator[Path]:
+    """The path of a new file beside `path` that takes its name when the block ends well, and else is removed."""
+    partial = _partial(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _progress(starts: range, split: str) -> Iterable[int]:
-    console = Console(stderr=True)
-    return track(starts, f"sharding {split}", console=console, disable=not sys.stderr.isatty())
+def write_index(out: Path, split: str, table: pa.Table, indices: dict[str, Entry]) -> None:
+    """Writes a split's index, and enters it in `indices`."""
+    name = f"{split}.index.parquet"
+    with appearing(out / name) as path:
+        pq.write_table(table, path)
+        indices[name] = {"size": path.stat().st_size, "xxh3": checksum_of(path)}
+
+
+def write_manifest(out: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, with which the shards are complete."""
+    with appearing(out / "manifest.json") as path:
+        path.write_text(f"{json.dumps(asdict(manifest), indent=1)}\n")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard that is to be written."""
+
+    root: Path
+    out: Path
+    shard: str
+    images: pa.Table
+    """Rows of pipeline.sources.IMAGES, in the tar's order, and their `key`."""
+    skip: bool
+    """Whether bad images are left out, or keep the shard from appearing."""
+
+    def num_bytes(self) -> int:
+        """Of the images."""
+        return int(self.images["size"].to_numpy().sum())
+
+    def identity(self) -> str:
+        """What two shards share if they have the same images, by name, label and size."""
+        digest = hashlib.sha256(_RECIPE.encode())
+        for column in ("name", "label", "size"):
+            digest.update("\n".join(map(str, self.images[column].to_pylist())).encode() + b"\0")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What came of a shard; kept as notes in a parquet file of the shard's part of the index."""
+
+    shard: str
+    identity: str
+    entry: Entry
+    num_images: int
+    num_bytes: int
+    """Of all its images, as they were listed."""
+    findings: list[Finding]
+    bad: dict[str, str]
+    """Images that cannot be read, and why."""
+
+
+class Plan:
+    """The shards that a listing becomes. Holds the images as columns: a Task has a copy of its own rows.
+
+    Raises: SourceError for two images with one key.
+    """
+
+    def __init__(
+        self, listing: Listing, root: Path, out: Path, *, images_per_shard: int, seed: int, skip: bool
+    ) -> None:
+        self.root, self.out, self.skip = root, out, skip
+        self._images: dict[str, pa.Table] = {}
+        self._rows: dict[str, np.ndarray] = {}
+        for split in SPLITS:
+            images = listing.splits[split]
+            self._images[split] = images.append_column("key", _keys(images["name"]))
+            order = _hashed_order(images["name"], seed) if split == "train" else np.arange(len(images))
+            for number, start in enumerate(range(0, len(images), images_per_shard)):
+                self._rows[f"{split}-{number:06d}.tar"] = order[start : start + images_per_shard]
+
+    def shards(self, split: str) -> list[str]:
+        """Names of a split's shards, in order."""
+        return [shard for shard in self._rows if shard.startswith(f"{split}-")]
+
+    def tasks(self) -> Iterator[Task]:
+        """What there is to do, shard by shard."""
+        for split, images in self._images.items():
+            for shard in self.shards(split):
+                yield Task(self.root, self.out, shard, images.take(self._rows[shard]).combine_chunks(), self.skip)
+
+    def num_bytes(self) -> int:
+        """Of all images."""
+        return sum(int(images["size"].to_numpy().sum()) for images in self._images.values())
+
+    def tar_sizes(self) -> dict[str, int]:
+        """Bytes of each shard, if no image is bad or of another format."""
+        return {
+            shard: tar_size(np.append(images["size"].to_numpy()[self._rows[shard]], [1] * len(self._rows[shard])))
+            for split, images in self._images.items() for shard in self.shards(split)
+        }
+
+
+def _keys(names: pa.ChunkedArray) -> pa.Array:
+    """The key of each image: its name without suffix; further dots become _, as WebDataset ends a key at the first."""
+    chunks = []
+    for start in range(0, len(names), _CHUNK):
+        keys = []
+        for name in names.slice(start, _CHUNK).to_pylist():
+            folder, _, file = name.rpartition("/")
+            keys.append(f"{folder}/{os.path.splitext(file)[0].replace('.', '_')}")
+        chunks.append(pa.array(keys, pa.string()))
+    keys = pa.chunked_array(chunks, pa.string()).combine_chunks()
+    if len(keys.unique()) < len(keys):
+        key, _ = Counter(keys.to_pylist()).most_common(1)[0]
+        first, second, *_ = (name for name, of in zip(names.to_pylist(), keys.to_pylist(), strict=True) if of == key)
+        raise SourceError(f"{first} and {second} would both have the key {key}: rename one of them")
+    return keys
+
+
+def _hashed_order(names: pa.ChunkedArray, seed: int) -> np.ndarray:
+    """(num,) int64: the rows in the order of a seeded hash of their names, which are sorted."""
+    hashes = np.empty(len(names), np.uint64)
+    prefix = hashlib.blake2b(f"{seed}/".encode(), digest_size=8)
+    for start in range(0, len(names), _CHUNK):
+        for row, name in enumerate(names.slice(start, _CHUNK).to_pylist(), start):
+            digest = prefix.copy()
+            digest.update(name.encode())
+            hashes[row] = int.from_bytes(digest.digest())
+    return np.argsort(hashes, kind="stable")
+
+
+def _clear(out: Path, plan: Plan) -> None:
+    """Removes what is out of date, the manifest first; shards and receipts of the plan's names may be kept."""
+    wanted = {shard for split in SPLITS for shard in plan.shards(split)}
+    wanted |= {_receipt_path(out, shard).name for shard in wanted}
+    for folder, patterns in (
+        (out, ("manifest.json", ODDITIES, "*.partial", *(f"{split}[-.]*" for split in SPLITS))),
+        (out / RECEIPTS, ("*",)),
+    ):
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                if path.name not in wanted:
+                    path.unlink()
+
+
+def _check_space(plan: Plan, out: Path) -> None:
+    needed = 0
+    for shard, size in plan.tar_sizes().items():
+        with contextlib.suppress(FileNotFoundError):
+            size -= (out / shard).stat().st_size
+        needed += max(size, 0)
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise ShardError(
+            f"{out} lacks space: the shards take {needed / 1e6:,.1f} MB more and {free / 1e6:,.1f} MB are free. "
+            f"Make room, or make {out} a link to a folder on a larger disk"
+        )
+
+
+def _check_visible(out: Path, shards: dict[str, Entry]) -> None:
+    """Raises ShardError if the tasks wrote to other disks than this process sees."""
+    for shard, entry in shards.items():
+        path = out / shard
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            raise ShardError(
+                f"{path} was written by another node and cannot be seen from here: "
+                f"{out} must be a folder, or a link to one, that all nodes of the cluster share"
+            )
+
+
+def _told(bad: dict[str, str]) -> str:
+    lines = [f"{name}: {bad[name]}" for name in sorted(bad)]
+    if len(lines) > _NAMED:
+        lines[_NAMED:] = [f"... and {len(lines) - _NAMED} more"]
+    return "\n  ".join([
+        f"{len(bad)} of the images cannot be read:", *lines,
+        "replace or remove them, or set data.on_bad_image to skip; shards without a bad image are kept",
+    ])
+
+
+def _write_shard(task: Task) -> Receipt:
+    """Writes a shard and its receipt, unless they are there; with bad images that are not to be skipped, neither."""
+    if kept := _kept(task):
+        return kept
+    path, receipt_path = task.out / task.shard, _receipt_path(task.out, task.shard)
+    receipt_path.unlink(missing_ok=True)
+    partial = _partial(path)
+    try:
+        with Tar(partial) as tar, Reader(task.root) as reader:
+            rows, findings, bad = _gather(task, reader, tar)
+            digest = tar.finish()
+        receipt = Receipt(task.shard, task.identity(), {"size": tar.size, "xxh3": digest}, len(rows), task.num_bytes(),
+                          findings, bad)
+        if bad and not task.skip:
+            return receipt
+        os.replace(partial, path)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    table = pa.Table.from_pylist([{"shard": task.shard, **row} for row in rows], schema=INDEX)
+    with appearing(receipt_path) as file:
+        pq.write_table(table.replace_schema_metadata({_NOTES: json.dumps(asdict(receipt))}), file)
+    return receipt
+
+
+def _gather(task: Task, reader: Reader, tar: Tar) -> tuple[list[dict[str, Any]], list[Finding], dict[str, str]]:
+    """Fills the tar; the index's rows without the shard's name, what was odd, and which images are bad."""
+    rows: list[dict[str, Any]] = []
+    findings: list[Finding] = []
+    bad: dict[str, str] = {}
+    columns = {name: column.to_pylist() for name, column in zip(task.images.column_names, task.images, strict=True)}
+    places = [Place(*values) for values in zip(*(columns[name] for name in Place._fields), strict=True)]
+    for name, key, label, place in zip(
+        columns["name"], columns["key"], columns["label"], reader.ahead(places), strict=True
+    ):
+        content = tar.room(place.size)
+        reader.read(place, content)
+        try:
+            odd = jpeg.inspect(content)
+        except jpeg.BadImage as error:
+            bad[name] = str(error)
+            findings.append((name, str(error), jpeg.LEFT_OUT))
+            continue
+        if odd:
+            findings += [(name, oddity, jpeg.ENCODED if odd.jpeg else jpeg.KEPT) for oddity in odd.oddities]
+            content = odd.jpeg or content
+        try:
+            offset = tar.add(f"{key}.jpg", content)
+            tar.add(f"{key}.cls", str(label).encode())
+        except ValueError:
+            raise SourceError(f"{name}: too long a name for a tar; folder and file may have 100 characters") from None
+        rows.append({"key": key, "offset": offset, "size": len(content), "label": label})
+    return rows, findings, bad
+
+
+def _kept(task: Task) -> Receipt | None:
+    """The receipt of a shard that is there, has the same images, and is undamaged."""
+    path = task.out / task.shard
+    try:
+        notes = pq.read_schema(_receipt_path(task.out, task.shard)).metadata[_NOTES]
+        receipt = Receipt(**json.loads(notes))
+        if receipt.identity != task.identity() or (receipt.bad and not task.skip):
+            return None
+        unchanged = path.stat().st_size == receipt.entry["size"] and checksum_of(path) == receipt.entry["xxh3"]
+        return receipt if unchanged else None
+    except (OSError, ValueError, TypeError, KeyError):  # none there, or an unreadable one
+        return None
+
+
+def _receipt_path(out: Path, shard: str) -> Path:
+    return out / RECEIPTS / f"{shard}.parquet"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")

@@ -88,7 +88,8 @@ def check(experiment: Experiment) -> None:
 
 def _try(experiment: Experiment, run_name: str, point: Point) -> None:
     run, changed = applied(experiment, run_name, point)
-    recipe.check(changed, experiment.data, experiment.sweeps.recipe.workers)
+    settings = experiment.sweeps.recipe
+    recipe.check(changed, experiment.data, experiment.train.model_copy(update={"workers": settings.workers}))
     if override(point)["args"] or changed.drop_path:
         try:
             recipe.model(run, changed, num_classes=10, seed=0, device="meta")

@@ -1,6 +1,6 @@
 """Where tars lie: a folder on this machine, or any URL that fsspec reads, through copies on the node.
 
-A store knows the shards of one manifest, name -> size and sha256, and gives bytes of them. It can be pickled and
+A store knows the shards of one manifest, name -> size and checksum, and gives bytes of them. It can be pickled and
 forked at any time: descriptors and connections are opened by the process that reads, on its first read.
 """
 
@@ -19,7 +19,7 @@ CHUNK = 8 << 20  # bytes: a whole shard is read in pieces of this size
 DAMAGED = "`make verify` lists all that is damaged and says what to do"
 
 Entries = Mapping[str, Mapping[str, Any]]
-"""Name of a tar -> its `size` in bytes and its `sha256`."""
+"""Name of a tar -> its `size` in bytes and its `xxh3`."""
 
 
 class ShardError(ValueError):
@@ -62,11 +62,20 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """`manifest.json` of a folder of shards. Raises: ShardError if there is none, or it cannot be read."""
     path = Path(folder) / "manifest.json"
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise ShardError(f"{path} not found: run `dvc repro shard` to write the shards") from None
     except ValueError:
         raise ShardError(f"{path} is not valid JSON: run `dvc repro --force shard` to write it again") from None
+    if not {"location", "shards", "indices", "classes", "counts"} <= manifest.keys():
+        raise ShardError(f"{path} is of another version of flopeq: run `dvc repro --force shard` to write it again")
+    return manifest
+
+
+def tars_at(folder: Path, manifest: Mapping[str, Any]) -> Path | str:
+    """Where the tars of a manifest lie that is in a folder: beside it, or at its `location`, a folder or URL."""
+    location = manifest["location"] or "."
+    return location if is_url(location) else folder / location
 
 
 def open_store(location: Path | str, shards: Entries, *, cache_gib: float = 0, cache: Path | None = None) -> Store:
@@ -105,12 +114,12 @@ def find(location: Path | str) -> dict[str, int]:
         raise ShardError(f"{location} cannot be listed: {error.strerror}") from None
 
 
-def compare(shards: Entries, sizes: Mapping[str, int | None], location: str) -> None:
-    """Raises ShardError for the first shard that is not there or has another size; None is a size not known."""
+def compare(shards: Entries, sizes: Mapping[str, int], location: str) -> None:
+    """Raises ShardError for the first shard that is not there or has another size."""
     for name, entry in shards.items():
         if name not in sizes:
             raise ShardError(f"{location}/{name} is in the manifest but missing: {DAMAGED}")
-        if sizes[name] not in (None, entry["size"]):
+        if sizes[name] != entry["size"]:
             found = f"{sizes[name]} bytes, not {entry['size']}"
             raise ShardError(f"{location}/{name} does not match its manifest ({found}): {DAMAGED}")
 
@@ -144,10 +153,7 @@ class LocalStore:
         compare(self.shards, find(self.folder), str(self.folder))
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
-        try:
-            content = self._pread(shard, size, offset)
-        except OSError as error:
-            raise ShardError(f"{self.where(shard)} cannot be read ({error.strerror}): {DAMAGED}") from None
+        content = self._pread(shard, size, offset)
         if len(content) != size:
             raise short(self.where(shard), Part(shard, offset, size), len(content))
         return content
@@ -163,7 +169,10 @@ class LocalStore:
 
     def _pread(self, shard: str, size: int, offset: int) -> bytes:
         descriptor = self._descriptors[shard] if shard in self._descriptors else self._open(shard)
-        return os.pread(descriptor, size, offset)
+        try:
+            return os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise ShardError(f"{self.where(shard)} cannot be read ({error.strerror}): {DAMAGED}") from None
 
     def _open(self, shard: str) -> int:
         if not self._descriptors:

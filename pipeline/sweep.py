@@ -52,7 +52,7 @@ class Stage:
 
     def __init__(self, experiment: Experiment, name: str, settings: RecipeSweep | HybridSweep) -> None:
         self.experiment, self.name, self.settings = experiment, name, settings
-        self.shards = data.Shards(experiment.data.shards)
+        self.shards = data.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
         self.classes = settings.proxy and settings.proxy.classes
         self.images, self.num_classes = proxy.images(self.shards, self.classes)
         self.places = Path("sweeps/trials", name).absolute()
@@ -73,7 +73,7 @@ class Stage:
             "models": {plan: run.model_copy(update={"recipe": "trial", "seed": seed})},
             "recipes": {"trial": shortened(recipe, settings.epochs)},
             "train": experiment.train.model_copy(
-                update={"workers": settings.workers, "cpus_per_worker": settings.cpus_per_worker}
+                update={"workers": settings.workers, "cpus_per_worker": settings.cpus_per_worker, "keep_checkpoints": 1}
             ),
         })
         described = {**experiment.resolved(plan), "run": "", "classes": self.classes}
@@ -142,23 +142,22 @@ def run(
         asha: when to stop trials early; None: never.
     Raises: ClusterError, before anything starts, for a trial that the cluster does not hold.
     """
-    settings = stage.experiment.train.model_copy(
-        update={"workers": stage.settings.workers, "cpus_per_worker": stage.settings.cpus_per_worker}
-    )
-    cluster.connect(cpus=settings.workers * (settings.cpus_per_worker + settings.loader_workers))
+    workers = stage.settings.workers
+    settings = stage.experiment.train.model_copy(update={"cpus_per_worker": stage.settings.cpus_per_worker})
+    cluster.connect(cpus=workers * (settings.cpus_per_worker + settings.loader_workers))
     gpu = ray.cluster_resources().get("GPU", 0) > 0 if settings.gpu == "auto" else settings.gpu
     each = trial.resources(settings, gpu)
-    at_once = concurrency(settings.workers, each)
+    at_once = concurrency(workers, each)
     places = stage.places
     places.mkdir(parents=True, exist_ok=True)
     storage = stage.experiment.storage
     common = {
         "root": str(Path.cwd()), "place": str(places), "gpu": gpu,
-        "storage": f"{storage}/sweeps/{stage.name}" if "://" in storage else None,
+        "storage": f"{storage}/sweeps/{stage.name}" if "://" in storage else str(places),
     }
     board = Board(stage, trials, at_once)
     conductor = _Conductor(plans, common, board, places)
-    share = each if settings.workers == 1 else _TRIAL_SHARE
+    share = each if workers == 1 else _TRIAL_SHARE
     os.environ.update({**_QUIET, **os.environ})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the files that nobody asked it for
     with board, tempfile.TemporaryDirectory() as scratch, _terminated_as_interrupted():
@@ -171,7 +170,7 @@ def run(
                 scheduler=_Rungs(asha, conductor),
                 num_samples=-1,
                 max_concurrent_trials=at_once,
-                reuse_actors=settings.workers == 1,
+                reuse_actors=workers == 1,
             ),
             run_config=tune.RunConfig(
                 name=stage.name,

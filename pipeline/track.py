@@ -58,6 +58,11 @@ def run_id(run_name: str, outputs: Path = Path("outputs")) -> str | None:
     return json.loads(path.read_text()).get("mlflow_run_id") if path.is_file() else None
 
 
+def make_experiment(name: str) -> None:
+    """Makes database and experiment where they are missing; two processes that both did would disturb each other."""
+    _experiment_id(_client(), name)
+
+
 def start_run(
     experiment: Experiment, run_name: str, *, resume: str | None = None, device: str | None = None
 ) -> str:
@@ -74,17 +79,24 @@ def start_run(
     return _create(client, experiment, run_name, _flatten(experiment.resolved(run_name)), tags)
 
 
-def log_epoch(run_id: str, metrics: Mapping[str, float], epoch: int) -> None:
-    """One epoch's EPOCH_METRICS, and AVERAGE_METRICS where there is an average, at step `epoch`.
+def log_epoch(run_id: str, metrics: Mapping[str, float]) -> None:
+    """One epoch's EPOCH_METRICS, and AVERAGE_METRICS where there is an average, at step `epoch`."""
+    log_epochs(run_id, [metrics])
 
-    Once: an epoch that the run already has is left as it is.
-    """
-    told = {key: metrics[key] for key in EPOCH_METRICS}
-    told |= {key: metrics[key] for key in AVERAGE_METRICS if key in metrics}
+
+def log_epochs(run_id: str, history: Iterable[Mapping[str, float]]) -> None:
+    """Several epochs, each once: those that the run already has are left as they are."""
     client = _client()
     with _unless_gone(run_id):
-        if epoch not in {metric.step for metric in client.get_metric_history(run_id, "train/loss")}:
-            client.log_batch(run_id, metrics=_metrics(told, epoch))
+        known = {metric.step for metric in client.get_metric_history(run_id, "train/loss")}
+        metrics = []
+        for row in history:
+            if (epoch := int(row["epoch"])) not in known:
+                told = {key: row[key] for key in EPOCH_METRICS}
+                told |= {key: row[key] for key in AVERAGE_METRICS if key in row}
+                metrics += _metrics(told, epoch)
+        for start in range(0, len(metrics), _METRICS):
+            client.log_batch(run_id, metrics=metrics[start : start + _METRICS])
 
 
 def log_final(
@@ -119,19 +131,6 @@ def start_trial(
     if resume is not None and _reopen(client, resume):
         return resume
     return _create(client, experiment, name, _flatten(params), {"mlflow.parentRunId": sweep_id})
-
-
-def log_curve(run_id: str, rows: Iterable[Mapping[str, float]]) -> None:
-    """The EPOCH_METRICS of several epochs in one go; those that the run already has are left as they are."""
-    client = _client()
-    with _unless_gone(run_id):
-        known = {metric.step for metric in client.get_metric_history(run_id, "train/loss")}
-        metrics = [
-            metric for row in rows if (epoch := int(row["epoch"])) not in known
-            for metric in _metrics({key: row[key] for key in EPOCH_METRICS}, epoch)
-        ]
-        for start in range(0, len(metrics), _METRICS):
-            client.log_batch(run_id, metrics=metrics[start : start + _METRICS])
 
 
 def finish(run_id: str, status: Status) -> None:

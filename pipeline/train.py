@@ -1,8 +1,8 @@
-"""Training a run of the experiment with Ray Train: workers, checkpoints, what is left in outputs/<run>.
+"""Training a run of the experiment with Ray Train: where it stands, who works on it, what it leaves in outputs/<run>.
 
-A configuration's fingerprint names its folder of checkpoints. There Ray keeps the newest checkpoints, each with
-the best weights so far, and `run.json` says which MLflow run it is and whether it ended. A training that did not
-end goes on from its last checkpoint, in its MLflow run; everything else starts afresh.
+A configuration's fingerprint names its folder of checkpoints, and `run.json` there says which MLflow run it is. A
+training of the same configuration goes on from the newest checkpoint, in its MLflow run, however it ended before; one
+that had reached its end only writes its outputs again. Another configuration starts afresh.
 """
 
 from __future__ import annotations
@@ -12,37 +12,43 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow.fs
 import ray
 import ray.train
 import torch
-import torch.distributed
 import yaml
-from ray.train.torch import TorchTrainer, get_device, prepare_model
-from safetensors.torch import load_file, save_file
+from pyarrow.fs import FileSelector, FileType, LocalFileSystem
+from ray.train.torch import TorchTrainer
+from safetensors.torch import save_file
 
 import flopeq
-from pipeline import cluster, data, journal, loop, proxy, recipe
+from pipeline import cluster, data, journal, loop, recipe
+from pipeline.checkpoint import Checkpoints, open_place
 from pipeline.config import ConfigError, Experiment
+from pipeline.worker import Task, work
 
 logger = logging.getLogger(__name__)
 
 HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
 HISTORY_EMA = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
 _WEIGHTS = {loop.PLAIN: "weights.safetensors", loop.EMA: "weights_ema.safetensors"}
-_CODE = ("augment", "data", "decode", "loop", "proxy", "recipe")
+_CODE = ("augment", "data", "decode", "loop", "proxy", "recipe", "worker")
+_MAX_FAILURES = 3  # of workers or nodes, until training must have got on
+_RAY = "ray-"
 # What leaves the weights as they are; of the data, because the shards' own fingerprint says it.
 _UNFELT = {
-    "train": {"keep_checkpoints", "loader_workers"},
+    "train": {"workers", "cpus_per_worker", "gpu", "loader_workers", "batch_per_worker", "checkpoint_steps",
+              "keep_checkpoints"},
     "data": {"name", "source", "labels", "on_bad_image", "images_per_shard", "cache_gib", "further_val"},
 }
 
@@ -53,50 +59,96 @@ def train(experiment: Experiment, run_name: str) -> None:
     Raises:
         ConfigError, ShardError, ClusterError: what is wrong with the parameters, the data, the cluster.
     """
-    shards = data.Shards(experiment.data.shards)
+    shards = data.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
     settings, configuration = experiment.train, experiment.resolved(run_name)
-    num_classes = len(shards.classes)
     # What would otherwise fail on the workers, late.
-    recipe.check(experiment.recipe(run_name), experiment.data, settings.workers)
-    _model(experiment, run_name, num_classes, device="meta")
-    cluster.connect(cpus=settings.workers * settings.cpus_per_worker)
+    recipe.check(experiment.recipe(run_name), experiment.data, settings)
+    _model(experiment, run_name, shards.num_classes, device="meta")
+    cluster.connect(cpus=settings.least_workers * settings.cpus_per_worker)
     gpu = _gpu(experiment)
     place = _Place.of(experiment, run_name, fingerprint(configuration, shards))
     note = place.take_up()
+    checkpoints = Checkpoints(place.checkpoints, keep=settings.keep_checkpoints)
+    task = Task(experiment, run_name, str(Path.cwd()), place.checkpoints, place.stop)
+    scaling = ray.train.ScalingConfig(
+        num_workers=settings.workers,
+        use_gpu=gpu,
+        resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+    )
 
     from pipeline import track  # not before the run is sure to start: importing MLflow takes seconds
 
-    mlflow_run_id = track.start_run(experiment, run_name, resume=note.get("mlflow_run_id"))
-    place.write(mlflow_run_id, "running")
-    status = "interrupted"
+    with _stopping_on_sigterm(place):
+        mlflow_run_id = track.start_run(experiment, run_name, resume=note.get("mlflow_run_id"))
+        place.write(mlflow_run_id, "running")
+        status = "interrupted"
+        try:
+            with journal.following(place.journal, _telling(experiment, run_name, mlflow_run_id)) as callback:
+                outcome = _fit(task, scaling, place.storage, callback, checkpoints)
+            track.log_epochs(mlflow_run_id, outcome["history"])  # where an interruption came between
+            if outcome["status"] == "stopped":
+                logger.warning("%s was stopped, with a checkpoint: the same command goes on from there", run_name)
+                sys.exit(128 + signal.SIGTERM)
+            status = outcome["status"]
+            weights = _weights(checkpoints, outcome, lambda: _model(experiment, run_name, shards.num_classes))
+            _write_outputs(Path("outputs") / run_name, configuration, outcome, weights, place, mlflow_run_id)
+            place.write(mlflow_run_id, status)
+        finally:
+            place.tidy()
+            track.finish(mlflow_run_id, status)
+
+
+def _fit(
+    task: Task, scaling: ray.train.ScalingConfig, storage: str, callback: journal.Journal, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """What `work` returns on rank 0, however many workers and nodes fail, as long as training gets on between.
+
+    Raises: what the workers raised, if it is an error for people; otherwise Ray's own.
+    """
+    while True:
+        before = checkpoints.names()
+        trainer = Trainer(
+            work,
+            train_loop_config=task,
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name=f"{_RAY}{time.time_ns()}",  # another name each time: Ray shall not restore what it remembers
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=_MAX_FAILURES),
+                callbacks=[callback],
+            ),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            for cause in _causes(error):
+                if type(cause).__module__.startswith("pipeline."):
+                    raise cause from None
+            if checkpoints.names()[-1:] == before[-1:]:
+                raise
+            logger.warning("%d failures: once more from the newest checkpoint", _MAX_FAILURES + 1)
+        else:
+            assert outcome is not None  # as rank 0's function has ended
+            return outcome
+
+
+def _causes(error: Exception) -> list[BaseException]:
+    """What was raised on the workers."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return [getattr(failure, "_base_exc", failure) for failure in failures]
+
+
+@contextmanager
+def _stopping_on_sigterm(place: _Place) -> Iterator[None]:
+    """Turns SIGTERM, as a job gets it that is preempted, into the file that asks the workers to stop."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: place.ask_to_stop())
     try:
-        with journal.following(_telling(experiment, run_name, mlflow_run_id)) as callback:
-            result = Trainer(
-                work,
-                train_loop_config={"experiment": experiment, "run": run_name, "root": str(Path.cwd())},
-                scaling_config=ray.train.ScalingConfig(
-                    num_workers=settings.workers,
-                    use_gpu=gpu,
-                    resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-                ),
-                run_config=ray.train.RunConfig(
-                    name=place.fingerprint,
-                    storage_path=place.storage,
-                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-                    failure_config=ray.train.FailureConfig(max_failures=2),
-                    callbacks=[callback],
-                ),
-            ).fit()
-        outcome = result.return_value
-        assert outcome is not None  # of rank 0, whose function ended: `fit` has raised otherwise
-        status = outcome["status"]
-        _write_outputs(Path("outputs") / run_name, configuration, outcome, place, mlflow_run_id, result.checkpoint,
-                       initial=lambda: _model(experiment, run_name, num_classes))
-        kept = [_WEIGHTS[name] for name in outcome["best_epoch"]]
-        track.log_final(mlflow_run_id, {}, [Path("outputs") / run_name / file for file in (*kept, "config.yaml")])
-        place.write(mlflow_run_id, status)
+        yield
     finally:
-        track.finish(mlflow_run_id, status)
+        signal.signal(signal.SIGTERM, before)
 
 
 class Trainer(TorchTrainer):
@@ -131,49 +183,66 @@ class _Place:
 
     @classmethod
     def of(cls, experiment: Experiment, run_name: str, fingerprint: str) -> _Place:
-        notes = Path("outputs", run_name, "checkpoints").absolute()
         base = experiment.storage if "://" in experiment.storage else str(Path(experiment.storage).absolute())
-        return cls(fingerprint, f"{base}/{run_name}/checkpoints", notes)
+        notes = Path("outputs", run_name, "checkpoints").absolute()
+        return cls(fingerprint, f"{base}/{run_name}/checkpoints/{fingerprint}", notes / fingerprint)
+
+    @property
+    def checkpoints(self) -> str:
+        """Folder or URL of the checkpoints of this configuration."""
+        return f"{self.storage}/steps"
+
+    @property
+    def stop(self) -> str:
+        """The file that asks the workers to stop."""
+        return f"{self.storage}/stop"
+
+    @property
+    def journal(self) -> Path:
+        """Where the driver hears of the workers."""
+        return self.notes / "journal.jsonl"
 
     def take_up(self) -> dict[str, str]:
-        """The note of an unfinished training of this configuration; all else that lies here is removed."""
-        path = self.notes / self.fingerprint / "run.json"
-        note = json.loads(path.read_text()) if path.is_file() else {}
-        filesystem, root = pyarrow.fs.FileSystem.from_uri(self.storage)
-        keep = note.get("status") == "running" and _restorable(filesystem, f"{root}/{self.fingerprint}")
-        for kept, folder in ((keep, root), (keep, str(self.notes))):
-            system = filesystem if folder == root else pyarrow.fs.LocalFileSystem()
-            for entry in system.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True)):
-                if entry.type == pyarrow.fs.FileType.Directory and not (kept and entry.base_name == self.fingerprint):
+        """The note of an earlier training of this configuration; what lies here of others is removed."""
+        files, root = open_place(self.storage)
+        for system, folder in ((files, root), (LocalFileSystem(), str(self.notes))):
+            above = str(PurePosixPath(folder).parent)
+            for entry in system.get_file_info(FileSelector(above, allow_not_found=True)):
+                if entry.type == FileType.Directory and entry.base_name != self.fingerprint:
                     system.delete_dir(entry.path)
-        return note if keep else {}
+        files.create_dir(root, recursive=True)
+        self.tidy()
+        path = self.notes / "run.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def ask_to_stop(self) -> None:
+        """Makes the file that asks the workers to stop."""
+        files, path = open_place(self.stop)
+        files.open_output_stream(path).close()
 
     def write(self, mlflow_run_id: str, status: str) -> None:
-        _write_json(self.notes / self.fingerprint / "run.json", {"mlflow_run_id": mlflow_run_id, "status": status})
+        """Notes how the training stands, and in which MLflow run."""
+        _write_json(self.notes / "run.json", {"mlflow_run_id": mlflow_run_id, "status": status})
 
-
-def _restorable(filesystem: pyarrow.fs.FileSystem, folder: str) -> bool:
-    """Whether Ray can read its own notes there: it writes them in place, and a kill may have cut them."""
-    path = f"{folder}/checkpoint_manager_snapshot.json"
-    if filesystem.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
-        return True
-    with filesystem.open_input_stream(path) as file:
-        try:
-            json.loads(file.read())
-        except ValueError:
-            logger.warning("%s was cut when the training was interrupted: it starts over", path)
-            return False
-    return True
+    def tidy(self) -> None:
+        """Removes Ray's own notes, which nothing reads, and the wish to stop."""
+        files, root = open_place(self.storage)
+        for entry in files.get_file_info(FileSelector(root, allow_not_found=True)):
+            if entry.base_name.startswith(_RAY):
+                files.delete_dir(entry.path)
+            elif entry.base_name == PurePosixPath(self.stop).name:
+                files.delete_file(entry.path)
 
 
 def _gpu(experiment: Experiment) -> bool:
     """Whether each worker gets a GPU. Raises ClusterError for a cluster too small, on which Ray would wait."""
     settings, has = experiment.train, ray.cluster_resources()
     gpu = has.get("GPU", 0) > 0 if settings.gpu == "auto" else settings.gpu
-    for kind, needed in (("CPU", settings.workers * settings.cpus_per_worker), ("GPU", settings.workers * gpu)):
+    workers = settings.least_workers
+    for kind, needed in (("CPU", workers * settings.cpus_per_worker), ("GPU", workers * gpu)):
         if has.get(kind, 0) < needed:
             raise cluster.ClusterError(
-                f"train.workers {settings.workers} x train.cpus_per_worker {settings.cpus_per_worker} needs {needed} "
+                f"train.workers {workers} x train.cpus_per_worker {settings.cpus_per_worker} needs {needed} "
                 f"{kind}s, but the Ray cluster has {has.get(kind, 0):.0f}: lower them, or unset RAY_ADDRESS"
             )
     if settings.amp == "fp16" and not gpu:
@@ -186,111 +255,28 @@ def _model(experiment: Experiment, run_name: str, num_classes: int, device: str 
                         seed=experiment.seed_of(run_name), device=device)
 
 
-class RayTrain:
-    """What a worker is told by Ray Train, and tells it; pipeline/trial.py has another with the same members."""
-
-    def __init__(self) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = get_device()
-
-    def checkpoint(self) -> ray.train.Checkpoint | None:
-        """What to go on from."""
-        return ray.train.get_checkpoint()
-
-    def report(self, row: dict[str, Any], folder: str | None, name: str | None) -> None:
-        """Ends an epoch: its metrics, and on rank 0 the folder of its checkpoint and what to call that."""
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder else None
-        ray.train.report(row, checkpoint=checkpoint, checkpoint_dir_name=name)
-
-
-def work(config: dict[str, Any]) -> dict[str, Any]:
-    """One worker's training. Returns how it ended and its history.
-
-    Args:
-        config: `experiment`, `run`, `root` (the repository), and for the trials of a sweep `classes` (see
-            pipeline/proxy.py) and `link` (None: Ray Train's).
-    """
-    experiment, run_name = config["experiment"], config["run"]
-    settings, recipe_, seed = experiment.train, experiment.recipe(run_name), experiment.seed_of(run_name)
-    link = config.get("link") or RayTrain()
-    rank, world_size, device = link.rank, link.world_size, link.device
-    torch.set_num_threads(settings.cpus_per_worker)
-    shards = data.Shards(Path(config["root"]) / experiment.data.shards)
-    images, num_classes = proxy.images(shards, config.get("classes"))
-    model = _model(experiment, run_name, num_classes).to(device)
-    steps_per_epoch = data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
-    amp = settings.amp if recipe_.mixed_precision else "off"
-    training = loop.Training.start(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)
-    if checkpoint := link.checkpoint():
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder, "state.pt"), map_location=device, weights_only=True)
-            training.load_state_dict(state, {name: load_file(Path(folder, _WEIGHTS[name])) for name in training.best})
-
-    def report(training: loop.Training) -> None:
-        row = training.history[-1]
-        if rank:
-            return link.report(row, None, None)
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(training.state_dict(), Path(folder, "state.pt"))
-            for name, best in training.best.items():
-                save_file(best.weights, Path(folder, _WEIGHTS[name]))
-            link.report(row, folder, f"epoch-{training.epoch:04d}")
-
-    mine = {"rank": rank, "world_size": world_size}
-    theirs = {**mine, "loader_workers": settings.loader_workers, "device": device}
-    status, message = "finished", None
-    try:
-        loop.fit(
-            training,
-            recipe_,
-            train_batches=lambda epoch, start_step: data.train_batches(
-                images["train"], recipe_, experiment.data, seed=seed, epoch=epoch, start_step=start_step, **theirs
-            ),
-            val_batches=lambda: data.val_batches(
-                images["val"], recipe_, experiment.data,
-                batch_size=recipe_.global_batch_size // world_size, **theirs,
-            ),
-            on_epoch=report,
-            num_classes=num_classes,
-            seed=seed,
-            names=images["train"].keys,
-            amp=amp,
-            forward=_forward(model, device, compile=settings.compile, world_size=world_size),
-            all_reduce=_all_reduce if world_size > 1 else lambda sums: sums,
-            **mine,
-        )
-    except loop.NonFiniteLoss as error:
-        status, message = "diverged", str(error)
-    return {"status": status, "message": message, "history": training.history,
-            "best_epoch": {name: best.epoch for name, best in training.best.items()}}
-
-
-def _forward(
-    model: torch.nn.Module, device: torch.device, *, compile: bool, world_size: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model as training calls it: under DDP when there are several workers, compiled when that is asked for."""
-    if world_size > 1:
-        model = prepare_model(model, move_to_device=False)
-    if compile:
-        from flopeq.benchmark import can_compile
-
-        return torch.compile(model) if can_compile(device) else model
-    return model
-
-
-def _all_reduce(sums: torch.Tensor) -> torch.Tensor:
-    torch.distributed.all_reduce(sums)
-    return sums
-
-
 def _telling(experiment: Experiment, run_name: str, mlflow_run_id: str) -> Callable[[dict[str, Any]], None]:
-    """What to do with every epoch's metrics: a line for people, MLflow for the rest."""
+    """What to do with every entry of the journal: a line for people; MLflow for an epoch's metrics."""
     from pipeline import track
 
-    epochs, first = experiment.recipe(run_name).epochs, []
+    recipe_, first = experiment.recipe(run_name), []
+    epochs = recipe_.epochs
 
     def tell(row: dict[str, Any]) -> None:
+        if "failed" in row:
+            told = "; ".join(f"rank {rank}: {message}" for rank, message in row["failed"].items())
+            logger.warning("%s lost workers, and starts them anew (%s)", run_name, told)
+            return
+        if "start_step" in row:
+            first.clear()
+            for name, fault in row["passed_over"].items():
+                logger.warning("%s: checkpoint %s is passed over: %s", run_name, name, fault)
+            logger.info(
+                "%s %s step %d of %d  workers %d  images %d a step, %d at once a worker", run_name,
+                "goes on from" if row["start_step"] else "starts at", row["start_step"], row["steps"], row["workers"],
+                recipe_.global_batch_size, row["batch_size"],
+            )
+            return
         now, epoch = time.monotonic(), row["epoch"]
         first[:] = first or [epoch, now]
         eta = "" if epoch <= first[0] else f"  ETA {(now - first[1]) / (epoch - first[0]) * (epochs - epoch - 1):.0f} s"
@@ -298,30 +284,40 @@ def _telling(experiment: Experiment, run_name: str, mlflow_run_id: str) -> Calla
             "%s  epoch %d/%d  lr %.2e  loss %.4f  top-1 %.2f %%  %.0f img/s%s", run_name, epoch + 1, epochs,
             row["lr"], row["train/loss"], row["val/top1_pct"], row["perf/img_per_s"], eta,
         )
-        track.log_epoch(mlflow_run_id, row, epoch)
+        track.log_epoch(mlflow_run_id, row)
 
     return tell
 
 
+def _weights(
+    checkpoints: Checkpoints, outcome: dict[str, Any], initial: Callable[[], torch.nn.Module]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The best weights of each name: of the last checkpoint, or the initial ones where it diverged before the first."""
+    newest = checkpoints.newest()
+    if newest is not None:
+        return checkpoints.load(newest)[1]
+    return {name: loop.weights_of(initial()) for name in outcome["best_epoch"]}
+
+
 def _write_outputs(
-    folder: Path, configuration: dict[str, Any], outcome: dict[str, Any], place: _Place, mlflow_run_id: str,
-    checkpoint: ray.train.Checkpoint | None, initial: Callable[[], torch.nn.Module],
+    folder: Path, configuration: dict[str, Any], outcome: dict[str, Any],
+    weights: dict[str, dict[str, torch.Tensor]], place: _Place, mlflow_run_id: str,
 ) -> None:
     """What the stage declares: weights.safetensors, history.csv, run.json, config.yaml; weights_ema.safetensors too."""
     if outcome["status"] == "diverged":
         logger.warning("%s diverged: %s", configuration["run"], outcome["message"])
-    for file in (_WEIGHTS[name] for name in outcome["best_epoch"]):
-        if checkpoint is None:  # diverged in its first epoch
-            save_file(loop.weights_of(initial()), folder / file)
-        else:
-            with checkpoint.as_directory() as path:
-                shutil.copyfile(Path(path, file), folder / file)
+    for name, kept in weights.items():
+        save_file(kept, folder / _WEIGHTS[name])
     averaged = HISTORY_EMA if loop.EMA in outcome["best_epoch"] else ()
     with (folder / "history.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, (*HISTORY, *averaged), lineterminator="\n")
         table.writeheader()
         table.writerows(outcome["history"])
     (folder / "config.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False))
+    from pipeline import track
+
+    files = [folder / file for file in (*(_WEIGHTS[name] for name in weights), "config.yaml")]
+    track.log_final(mlflow_run_id, {}, files)
     _write_json(folder / "run.json", {
         "run": configuration["run"],
         "mlflow_run_id": mlflow_run_id,

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import traceback
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pipeline.config import Experiment, Train
 
@@ -77,7 +77,7 @@ class Outcome:
 
 
 class Folder:
-    """What a trial leaves: `epochs.jsonl`, a line per epoch; `outcome.json` at its end; one checkpoint until then."""
+    """What a trial leaves: `epochs.jsonl`, a line per epoch; `outcome.json` at its end; checkpoints until then."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,7 +89,7 @@ class Folder:
             return []
         lines = self.journal.read_text().splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return list({row["epoch"]: row for row in rows}.values())
+        return list({row["epoch"]: row for row in rows if "epoch" in row}.values())
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds an epoch, on a line of its own even behind one that was cut."""
@@ -114,25 +114,10 @@ class Folder:
         partial.write_text(json.dumps(content) + "\n")
         os.replace(partial, self.path / f"{name}.json")
 
-    def checkpoint(self) -> Path | None:
-        """The one of the last epoch in the journal."""
-        path = self.path / f"epoch-{len(self.rows()):04d}"
-        return path if path.is_dir() else None
-
-    def keep(self, checkpoint: str | None, name: str | None) -> None:
-        """Copies a checkpoint's folder here, under that name, in one step."""
-        if checkpoint is None or name is None:
-            return
-        partial = self.path / "checkpoint.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(checkpoint, partial)
-        shutil.rmtree(self.path / name, ignore_errors=True)
-        os.replace(partial, self.path / name)
-
-    def tidy(self, but: str | None = None) -> None:
-        """Removes all checkpoints, or all but one."""
-        for path in [*self.path.glob("epoch-*"), self.path / "checkpoint.partial", self.path / "train"]:
-            if path.name != but:
+    def tidy(self) -> None:
+        """Removes the checkpoints and Ray's own notes, which a trial that has ended needs no more."""
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -149,6 +134,8 @@ def run(config: Mapping[str, Any]) -> None:
     """
     from ray import tune
 
+    from pipeline import worker
+
     spec, root = config["spec"], config["root"]
     folder = Folder(Path(config["place"]) / spec.fingerprint)
     rows = folder.rows()
@@ -156,81 +143,67 @@ def run(config: Mapping[str, Any]) -> None:
         tune.report(row)
     if folder.note("outcome"):
         return
-    work = {"experiment": spec.experiment, "run": spec.plan, "root": root, "classes": spec.classes}
+    task = worker.Task(spec.experiment, spec.plan, root, f"{config['storage']}/{spec.fingerprint}/steps",
+                       str(folder.path / "stop"), spec.classes)
+    folder.path.mkdir(parents=True, exist_ok=True)
     try:
-        outcome = (_in_workers if spec.experiment.train.workers > 1 else _here)(work, folder, config, len(rows))
-    except Exception:
-        folder.write("failure", {"message": traceback.format_exc(limit=-1).strip().splitlines()[-1]})
+        outcome = (_in_workers if spec.experiment.train.workers != 1 else _here)(task, folder, config)
+    except Exception as error:
+        folder.write("failure", {"message": " ".join(str(error).strip().splitlines()[-1:]) or type(error).__name__})
         raise
+    for row in outcome["history"][len(folder.rows()) :]:  # killed between the checkpoint of an epoch and its report
+        folder.append(row)
+        tune.report(row)
     folder.write("outcome", {"state": outcome["status"], "message": outcome["message"]})
     folder.tidy()
 
 
 class _Here:
-    """A worker that is alone, in the trial's own process: train.RayTrain's members."""
+    """A worker that is alone, in the trial's own process: worker.RayTrain's members."""
 
     rank, world_size = 0, 1
 
     def __init__(self, folder: Folder) -> None:
         import torch
 
-        self.folder = folder
+        self._folder = folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def checkpoint(self) -> Any:
-        import ray.train
-
-        path = self.folder.checkpoint()
-        return None if path is None else ray.train.Checkpoint.from_directory(str(path))
-
-    def report(self, row: dict[str, Any], folder: str | None, name: str | None) -> None:
-        """The checkpoint, then the journal, then Tune: what the journal has is always to be gone on from."""
+    def report(self, metrics: dict[str, Any]) -> None:
+        """The journal first, then Tune, where a trial that is to stop ends."""
         from ray import tune
 
-        self.folder.keep(folder, name)
-        self.folder.append(row)
-        self.folder.tidy(but=name)
-        tune.report(row)
+        if "epoch" in metrics:
+            self._folder.append(metrics)
+            tune.report(metrics)
 
 
-def _here(work: dict[str, Any], folder: Folder, config: Mapping[str, Any], reported: int) -> dict[str, Any]:
-    from pipeline import train
+def _here(task: Any, folder: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
+    from pipeline import worker
 
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if reported and folder.checkpoint() is None:  # lost with a disk: the journal alone cannot be gone on from
-        folder.journal.unlink()
-    return train.work({**work, "link": _Here(folder)})
+    return worker.work(task, _Here(folder))
 
 
-def _in_workers(work: dict[str, Any], folder: Folder, config: Mapping[str, Any], reported: int) -> dict[str, Any]:
+def _in_workers(task: Any, folder: Folder, config: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train
-    from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from pipeline import journal, train
+    from pipeline import journal, train, worker
 
-    spec = config["spec"]
-    settings = spec.experiment.train
-    folder.path.mkdir(parents=True, exist_ok=True)
-    storage = f"{config['storage']}/{spec.fingerprint}" if config["storage"] else str(folder.path)
-    result = train.Trainer(
-        train.work,
-        train_loop_config=work,
+    settings = task.experiment.train
+    outcome = train.Trainer(
+        cast(Any, worker.work),
+        train_loop_config=task,
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers, use_gpu=config["gpu"],
             resources_per_worker=dict(resources(settings, config["gpu"])),
         ),
         run_config=ray.train.RunConfig(
-            name="train",
-            storage_path=storage,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            name=f"ray-{time.time_ns()}",  # another name each time: Ray shall not restore what it remembers
+            storage_path=f"{config['storage']}/{config['spec'].fingerprint}",
             failure_config=ray.train.FailureConfig(max_failures=RUN_FAILURES),
             callbacks=[journal.Journal(folder.journal), TuneReportCallback()],
         ),
-    ).fit()
-    outcome = result.return_value
+    ).fit().return_value
     assert outcome is not None  # of rank 0, whose function ended: `fit` has raised otherwise
-    for row in outcome["history"][len(folder.rows()) :]:  # killed between Ray's note of an epoch and ours
-        folder.append(row)
-        tune.report(row)
     return outcome

@@ -28,7 +28,7 @@ def run() -> None:
             raise ConfigError(f"params.yaml: models.{name}: {error}") from None
     for name in sorted({run.recipe for run in experiment.models.values()}):
         try:
-            recipe.check(experiment.recipes[name], experiment.data, experiment.train.workers)
+            recipe.check(experiment.recipes[name], experiment.data, experiment.train)
         except ConfigError as error:
             raise ConfigError(f"params.yaml: recipes.{name}: {error}") from None
 

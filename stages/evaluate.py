@@ -11,9 +11,9 @@ from stages import main
 def run(run_name: str) -> None:
     experiment = config.load()
     experiment.run(run_name)
-    from pipeline import evaluate, shard
+    from pipeline import evaluate, verify
 
-    shard.verify(experiment.data.shards)
+    verify.verify_changed(experiment.data.shards)
     metrics = evaluate.evaluate(experiment, run_name)
     logging.info("%s  %s", run_name, "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 

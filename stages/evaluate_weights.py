@@ -20,9 +20,9 @@ def run(*words: str) -> None:
         raise ConfigError("usage: python -m stages.evaluate_weights FILE MODEL [key=value ...]")
     experiment = config.load()
     from flopeq import cli
-    from pipeline import evaluate, shard
+    from pipeline import evaluate, verify
 
-    shard.verify(experiment.data.shards)
+    verify.verify_changed(experiment.data.shards)
     (model_name,), model_args = cli.parse(list(words[1:]))
     print(json.dumps(evaluate.evaluate_weights(experiment, Path(words[0]), model_name, model_args), indent=2))
 

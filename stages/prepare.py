@@ -85,7 +85,7 @@ def summary(source: Source | ExistingShards) -> dict[str, Any]:
     files = sorted(source.files())
     digest = hashlib.sha256()
     for name, size in files:
-        digest.update(f"{name}\t{size}\n".encode())
+        digest.update(f"{name}\t{size}\n".encode(errors="surrogateescape"))
     return {
         "layout": source.layout,
         "files": len(files),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.config import ConfigError
-from stages import main
+from stages import main, seeds
 
 PARAMS = Path("params.yaml")
 
@@ -27,7 +27,7 @@ def run(name: str, source: str | None = None) -> None:
     if source is not None:
         where = source if "://" in source else str(Path(source).expanduser())
         content = re.sub(r"^  source:.*$", lambda _: f"  source: {json.dumps(where)}", content, flags=re.MULTILINE)
-    if PARAMS.is_file() and PARAMS.read_text() == content:
+    if PARAMS.is_file() and seeds.without(PARAMS.read_text()) == content:
         return
     if _has_own_changes():
         raise ConfigError(f"{PARAMS} has changes that preset {name!r} would overwrite: commit or move them first")
@@ -37,11 +37,11 @@ def run(name: str, source: str | None = None) -> None:
 
 
 def _has_own_changes() -> bool:
-    """Whether params.yaml holds anything that neither git nor, but for its data.source, a preset has."""
+    """Whether params.yaml holds anything that neither git nor, but for data.source and seeds, a preset has."""
     if not subprocess.run(["git", "diff", "--quiet", "HEAD", "--", str(PARAMS)]).returncode:
         return False
     without_source = [
-        re.sub(r"^  source:.*$", "", path.read_text(), flags=re.MULTILINE)
+        re.sub(r"^  source:.*$", "", seeds.without(path.read_text()), flags=re.MULTILINE)
         for path in (PARAMS, *Path("presets").glob("*.yaml"))
     ]
     return without_source[0] not in without_source[1:]

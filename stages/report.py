@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from stages import main
@@ -21,8 +22,11 @@ def run() -> None:
     logging.info("the comparison is in reports/index.html")
 
 
-def show() -> None:
-    """Prints the comparison, in as many parts as the terminal's width asks for, and where the page lies."""
+def show(run_names: Collection[str] = ()) -> None:
+    """Prints the comparison of all runs and where the page lies; or of those named, which the page need not have yet.
+
+    The table comes in as many parts as the terminal's width asks for.
+    """
     from pathlib import Path
 
     import rich.box
@@ -31,7 +35,8 @@ def show() -> None:
 
     from pipeline import config, report
 
-    table, console = report.tabulate(report.collect(config.load())), Console()
+    results = report.collect(config.load())
+    table, console = report.tabulate([r for r in results if not run_names or r.run in run_names]), Console()
     for part in _parts(table, console.width):
         grid = Grid(box=rich.box.SIMPLE_HEAD, padding=(0, 1))
         for number in part:
@@ -42,7 +47,8 @@ def show() -> None:
         console.print(grid)
     for footnote in table.footnotes:
         console.print(footnote)
-    console.print(f"report: {Path('reports/index.html').resolve()}", soft_wrap=True, highlight=False)
+    if not run_names:
+        console.print(f"report: {Path('reports/index.html').resolve()}", soft_wrap=True, highlight=False)
 
 
 def _parts(table: Table, width: int) -> list[list[int]]:

@@ -9,10 +9,10 @@ from stages import main
 def run(run_name: str) -> None:
     experiment = config.load()
     experiment.run(run_name)
-    from pipeline import cluster, shard
+    from pipeline import cluster, verify
 
-    shard.verify(experiment.data.shards)
-    cluster.connect(cpus=experiment.train.workers * experiment.train.cpus_per_worker)
+    verify.verify_changed(experiment.data.shards)
+    cluster.connect(cpus=experiment.train.least_workers * experiment.train.cpus_per_worker)
     from pipeline import train  # imports Ray, which `connect` wants to do first
 
     train.train(experiment, run_name)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_sample_images
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from pipeline import augment, config
 from pipeline.config import ConfigError
@@ -51,6 +56,55 @@ def test_training_pixels_are_a_function_of_the_seed(experiment, photo, policy):
     assert len({seen(seed).numpy().tobytes() for seed in range(10)}) == 10
 
 
+@settings(deadline=None)
+@given(
+    height=st.integers(4, 60), width=st.integers(4, 60), seed=st.integers(0, 2**32),
+    scale=st.sampled_from([(0.08, 1.0), (0.5, 0.5), (1.0, 1.0)]), ratio=st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0)]),
+)
+def test_crop_is_the_one_that_timm_draws(height, width, seed, scale, ratio):
+    ours = augment.RandomResizedCrop(24, scale, ratio, interpolation="bicubic")
+    timms = RandomResizedCropAndInterpolation(24, scale, ratio, interpolation="bicubic")
+    places = np.stack(np.broadcast_arrays(*np.ogrid[:height, :width], 0), axis=-1).astype(np.uint8)
+    with augment.borrowed_generators():
+        augment.reseed(seed)
+        mine = ours(torch.from_numpy(places).permute(2, 0, 1))
+        mine_next = random.random()
+        augment.reseed(seed)
+        reference = np.asarray(timms(Image.fromarray(places)))
+        assert random.random() == mine_next
+    assert np.abs(mine.permute(1, 2, 0).numpy().astype(int) - reference).max() <= 1
+
+
+def test_cropped_photos_have_pils_pixels():
+    crop = augment.RandomResizedCrop(224, (0.08, 1.0), (3 / 4, 4 / 3), interpolation="bicubic")
+    differences = []
+    for photo in load_sample_images().images:
+        for seed in range(8):
+            image = torch.from_numpy(photo.copy()).permute(2, 0, 1)
+            with augment.borrowed_generators():
+                augment.reseed(seed)
+                pixels = crop(image).permute(1, 2, 0).numpy().astype(int)
+                augment.reseed(seed)
+                top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+            part = Image.fromarray(photo[top : top + height, left : left + width])
+            differences.append(np.abs(pixels - part.resize((224, 224), Image.Resampling.BICUBIC)))
+    assert np.max(differences) <= 1
+    assert np.mean(differences) < 0.01
+
+
+@pytest.mark.parametrize("name", ["3a", "rand-m9-mstd0.5-inc1"])
+def test_policies_change_what_they_change_in_timm(experiment, photo, name):
+    recipe = recipe_with(experiment, auto_augment=name, color_jitter=0.3, flop_prob=0.0)
+    policy = augment.train_transform(recipe, experiment.data).transforms[-1]
+    for seed in range(20):
+        with augment.borrowed_generators():
+            augment.reseed(seed)
+            changed = policy(photo)
+            augment.reseed(seed)
+            reference = policy.transform(Image.fromarray(photo.permute(1, 2, 0).contiguous().numpy()))
+        assert np.array_equal(changed.permute(1, 2, 0).numpy(), reference)
+
+
 def test_flop_mirrors_the_columns(experiment, photo):
     whole = {"random_crop_scale": (1.0, 1.0), "random_crop_ratio": (1.0, 1.0)}
     square = photo[:, :32, :32]
@@ -76,8 +130,9 @@ def test_test_crop_has_pils_pixels(experiment, photo):
 
 
 def test_normalise_has_mean_and_deviation_of_the_data(experiment):
-    pixels = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8)
+    pixels = torch.randint(256, (4, 3, 5, 5), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     images = augment.Normalize(experiment.data)(pixels)
+    assert images.is_contiguous()
     back = images.double() * torch.tensor(experiment.data.std).view(3, 1, 1)
     back += torch.tensor(experiment.data.mean).view(3, 1, 1)
     torch.testing.assert_close(back * 255, pixels.double(), atol=1e-4, rtol=0)
@@ -96,27 +151,22 @@ def test_erasing_follows_each_images_seed_and_spares_the_rest(experiment):
 def test_targets_are_smoothed(experiment):
     transform = augment.batch_transform(recipe_with(experiment, label_smoothing=0.1), num_classes=10)
     images, labels = torch.rand(3, 3, 4, 4), torch.tensor([1, 0, 9])
-    same, targets = transform(images, labels, 0)
+    same, targets = transform(images, labels, [0])
     assert same is images
     torch.testing.assert_close(targets[0], torch.full((10,), 0.01).index_fill(0, torch.tensor([1]), 0.91))
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_mixing_is_of_neighbours_and_the_same_at_any_world_size(experiment, mixup, cutmix):
+def test_groups_are_mixed_within_themselves_and_alike_at_any_world_size(experiment, mixup, cutmix):
     recipe = recipe_with(experiment, mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0)
     transform = augment.batch_transform(recipe, num_classes=8)
     images, labels = torch.rand(8, 3, 16, 16), torch.arange(8)
-    mixed, targets = transform(images.clone(), labels, 7)
-    parts = [transform(images[part].clone(), labels[part], 7) for part in (slice(0, 4), slice(4, 8))]
+    mixed, targets = transform(images.clone(), labels, [7, 9])
+    parts = [transform(images[part].clone(), labels[part], [seed]) for part, seed in ((slice(4), 7), (slice(4, 8), 9))]
     assert torch.equal(mixed, torch.cat([part[0] for part in parts]))
     assert torch.equal(targets, torch.cat([part[1] for part in parts]))
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
-    for place in range(8):
-        assert set(targets[place].nonzero().flatten().tolist()) == {place, place ^ 1}
-    assert not torch.equal(mixed, transform(images.clone(), labels, 8)[0])
-
-
-def test_an_odd_batch_cannot_be_mixed(experiment):
-    transform = augment.batch_transform(recipe_with(experiment, mixup_alpha=0.8), num_classes=8)
-    with pytest.raises(ValueError, match="must be even, and holds 3"):
-        transform(torch.rand(3, 3, 4, 4), torch.arange(3), 0)
+    for place, target in enumerate(targets):
+        first = place // 4 * 4
+        assert set(target.nonzero().flatten().tolist()) == {place, first + 3 - (place - first)}
+    assert not torch.equal(mixed, transform(images.clone(), labels, [8, 9])[0])

@@ -82,8 +82,11 @@ def test_width_that_cannot_be_halved_is_refused(folder):
     [
         ({"auto_augment": "4a"}, "auto_augment: '4a' is none of timm's"),
         ({"loss": "bce"}, "loss: bce"),
-        ({"global_batch_size": 63}, "global_batch_size 63 does not divide over train.workers 2"),
-        ({"global_batch_size": 62, "mixup_alpha": 0.8}, "must be even, not 31"),
+        ({"global_batch_size": 63}, "63 is no whole number of groups of mixup_group 16: take one of 3, 7, 9, 21, 63"),
+        ({"mixup_group": 1, "mixup_alpha": 0.8}, "mixup_group must be even, not 1"),
+        ({"mixup_group": 64}, "train.workers 2: a global batch of 64 in groups of 64 images has work for at most 1"),
+        ({"mixup_group": 32, "repeated_augmentation": 3}, "several of the 3 copies of an image: take at most 21"),
+        ({"epochs": 5}, "leave none of the 5 epochs for the decay"),
     ],
 )
 def test_a_recipe_that_cannot_run_is_refused(folder, changes, mentioned, monkeypatch):
@@ -94,6 +97,13 @@ def test_a_recipe_that_cannot_run_is_refused(folder, changes, mentioned, monkeyp
     with pytest.raises(ConfigError, match="params.yaml: recipes.digits: ") as refusal:
         check.run()
     assert mentioned in str(refusal.value)
+
+
+def test_a_batch_that_cannot_make_the_global_one_names_those_that_can(folder, monkeypatch):
+    change(folder, 24, "train", "batch_per_worker")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="batch_per_worker 24 .* mixup_group 16: take 16, 32, 64 or auto"):
+        check.run()
 
 
 @pytest.mark.parametrize(

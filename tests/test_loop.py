@@ -16,6 +16,7 @@ from pipeline import data, loop
 from pipeline.config import Recipe, load
 
 CLASSES, PER_EPOCH, BATCH = 4, 24, 8
+UNEQUAL = ((0, 5), (5, BATCH))  # two workers' parts of a global batch
 
 
 @pytest.fixture
@@ -37,16 +38,15 @@ def network(dtype=torch.float32, dropout=0.1) -> nn.Module:
         ).to(dtype)
 
 
-def batches(epoch: int, start_step=0, rank=0, world_size=1, accumulated=1, dtype=torch.float32):
+def batches(epoch: int, start_step=0, bounds=(0, BATCH), at_once=BATCH, dtype=torch.float32):
     """Random images whose label is the brightest of their first four pixels: there is something to learn."""
     generator = torch.Generator().manual_seed(epoch)
     images = torch.randn(PER_EPOCH, 3, 4, 4, generator=generator, dtype=torch.float64).to(dtype)
     labels, rows = images[:, 0, 0].argmax(1), torch.arange(PER_EPOCH)
-    share, size = BATCH // world_size, BATCH // world_size // accumulated
     for step in range(start_step * BATCH, PER_EPOCH, BATCH):
-        for start in range(step + rank * share, step + (rank + 1) * share, size):
-            part = slice(start, start + size)
-            yield data.Batch(images[part], labels[part], rows[part], seed=step)
+        for start in range(step + bounds[0], step + bounds[1], at_once):
+            part = slice(start, stop := min(start + at_once, step + bounds[1]))
+            yield data.Batch(images[part], labels[part], rows[part], (step,), stop == step + bounds[1])
 
 
 def start(recipe: Recipe, model: nn.Module) -> loop.Training:
@@ -122,15 +122,33 @@ def test_the_average_is_validated_and_kept_beside_the_weights():
 def test_accumulated_steps_train_as_whole_ones_do():
     recipe = small_recipe()
     whole, parts = (
-        fit(start(recipe, network(torch.float64, dropout=0.0)), recipe, accumulated=accumulated,
-            train_batches=partial(batches, accumulated=accumulated, dtype=torch.float64),
+        fit(start(recipe, network(torch.float64, dropout=0.0)), recipe,
+            train_batches=partial(batches, at_once=at_once, dtype=torch.float64),
             val_batches=lambda: batches(99, dtype=torch.float64))
-        for accumulated in (1, 4)
+        for at_once in (BATCH, 3)
     )
     for weight, expected in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
     for row, expected in zip(parts.history, whole.history, strict=True):
         assert row["train/loss"] == pytest.approx(expected["train/loss"], abs=1e-12)
+
+
+def test_a_training_that_is_asked_to_stop_ends_between_two_steps_and_goes_on_from_there():
+    recipe = small_recipe()
+    whole, steps, asked = fit(start(recipe, network()), recipe), [], []
+
+    def stop() -> bool:
+        asked.append(True)
+        return len(asked) == 5
+
+    training = start(recipe, network())
+    with pytest.raises(loop.Stopped):
+        fit(training, recipe, stop=stop, on_step=lambda training: steps.append(training.step))
+    assert training.step == steps[-1] == 6  # asked at the fifth step, told at the next
+    resumed = start(recipe, network())
+    resumed.load_state_dict(training.state_dict(), {"plain": training.best["plain"].weights})
+    fit(resumed, recipe)
+    assert_same_weights(resumed.model, whole.model)
 
 
 def test_a_non_finite_loss_stops_with_its_step_lr_and_image_ids(recipe):
@@ -184,8 +202,8 @@ def _one_of_two(rank: int, path: str) -> None:
     training = fit(
         start(recipe, model), recipe, rank=rank, world_size=2, all_reduce=all_reduce,
         forward=nn.parallel.DistributedDataParallel(model),
-        train_batches=partial(batches, rank=rank, world_size=2, dtype=torch.float64),
-        val_batches=lambda: batches(99, rank=rank, world_size=2, dtype=torch.float64),
+        train_batches=partial(batches, bounds=UNEQUAL[rank], dtype=torch.float64),
+        val_batches=lambda: batches(99, bounds=UNEQUAL[rank], dtype=torch.float64),
     )
     torch.save({"model": model.state_dict(), "history": training.history}, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from timm.layers import DropPath
@@ -25,6 +27,27 @@ def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
         schedule.step_update(step)
         found.append(optimizer.param_groups[0]["lr"])
     return found
+
+
+IMAGENET = load("presets/imagenet.yaml").recipes
+
+
+def test_vit_learning_rates_are_those_of_the_paper_at_given_epochs():
+    by_epoch = rates(IMAGENET["vit-s"], steps_per_epoch=2)[::2]
+    assert by_epoch[0] == 1e-6  # warm-up over 5 epochs: a straight line to 3e-3
+    assert by_epoch[1:5] == pytest.approx([1e-6 + (3e-3 - 1e-6) * epoch / 5 for epoch in (1, 2, 3, 4)])
+    for epoch in (5, 100, 200, 399):  # then a cosine over 400 epochs, as if it had started with the warm-up
+        assert by_epoch[epoch] == pytest.approx(1e-5 + (3e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 400)) / 2)
+
+
+def test_convnext_learning_rates_are_those_of_the_paper_at_given_steps():
+    steps_per_epoch = 4
+    found, total = rates(IMAGENET["convnext-s"], steps_per_epoch), 300 * steps_per_epoch
+    assert found[0] == 0
+    assert found[100] == pytest.approx(4e-3 / 2)  # half of 50 epochs of warm-up
+    for step in (200, 600, total - 1):
+        expected = 1e-6 + (4e-3 - 1e-6) * (1 + math.cos(math.pi * step / total)) / 2
+        assert found[step] == pytest.approx(expected)
 
 
 def test_the_warm_up_starts_at_warmup_lr_and_the_decay_ends_near_min_lr(recipe):

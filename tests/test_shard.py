@@ -1,50 +1,66 @@
-"""Shards: the same bytes for the same source, readable by others, and what is wrong is named."""
+"""Shards: the same bytes for the same images, whole or not there, readable by others; what is wrong is named."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import pickle
+import signal
 import subprocess
 import sys
 import tarfile
-from collections import Counter
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, cast
 
+import layouts
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline import shard
-from pipeline.config import ConfigError
-from pipeline.data import ShardError, Shards
-from pipeline.shard import SourceError
-from stages import prepare
+from pipeline import gather, shard, verify
+from pipeline.data import Shards
+from pipeline.gather import Tar
+from pipeline.shard import Manifest
+from pipeline.sources import SourceError, detect
+from pipeline.store import ShardError
+
+PER_SHARD = 4
+SOURCE_ONLY = ("source", "layout", "ignored")  # what a manifest says of the source beside its images
 
 
-def write_image(path: Path, seed: int, **options: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (10, 12, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **options)
+@pytest.fixture(scope="module")
+def images() -> dict[str, bytes]:
+    """15 training and 6 validation images of three classes, and one odd one of each kind."""
+    return layouts.images(odd=layouts.ODD)
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """Three training images and two validation images of each of two classes."""
-    for label in ("cat", "dog"):
-        for seed in range(5):
-            split, number = ("train", seed) if seed < 3 else ("val", seed - 3)
-            write_image(tmp_path / "source" / split / label / f"{number}.jpg", seed + 5 * (label == "dog"))
-    return tmp_path / "source"
+def source(images, tmp_path) -> Path:
+    return layouts.folder_tree(images, tmp_path / "source")
+
+
+def write(source: Path, out: Path, seed: int = 0, on_bad_image: str = "error", **options) -> Manifest:
+    return shard.write(
+        str(source), out, images_per_shard=PER_SHARD, seed=seed, on_bad_image=on_bad_image, **options
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What a reader may use, without what the manifest says of the source."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    del found["manifest.json"]
+    return found
 
 
-def members(folder: Path, pattern: str) -> list[tuple[tarfile.TarInfo, bytes]]:
+def members(folder: Path, pattern: str = "*.tar") -> list[tuple[tarfile.TarInfo, bytes]]:
     found = []
     for path in sorted(folder.glob(pattern)):
         with tarfile.open(path) as tar:
@@ -56,42 +72,45 @@ def names(folder: Path, pattern: str) -> list[str]:
     return [member.name for member, _ in members(folder, pattern)]
 
 
-def write(source: Path, out: Path, seed: int = 0) -> shard.Manifest:
-    return shard.write_shards(source, out, images_per_shard=4, seed=seed)
+def times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
 
 
-def test_bytes_do_not_depend_on_the_order_in_which_the_folder_is_listed(source, tmp_path, monkeypatch):
-    write(source, tmp_path / "a")
-    listdir = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: sorted(listdir(path), reverse=True))
-    write(source, tmp_path / "b")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert set(contents(tmp_path / "a")) == {
-        "train-000000.tar", "train-000001.tar", "val-000000.tar", "train.index.parquet", "val.index.parquet",
-        "manifest.json",
-    }
+@pytest.mark.parametrize("build", layouts.LAYOUTS.values(), ids=layouts.LAYOUTS)
+def test_shards_are_the_same_bytes_from_every_layout(build: Callable, tmp_path):
+    images = layouts.images(odd=layouts.ODD + layouts.BAD)
+    expected = write(layouts.folder_tree(images, tmp_path / "tree"), tmp_path / "a", on_bad_image="skip")
+    found = write(build(images, tmp_path / "other"), tmp_path / "b", on_bad_image="skip")
+    assert contents(tmp_path / "b") == contents(tmp_path / "a")
+    assert len(found.shards) == 8 and found.counts == {"train": 19, "val": 6}
+    assert {**asdict(found), **dict.fromkeys(SOURCE_ONLY)} == {**asdict(expected), **dict.fromkeys(SOURCE_ONLY)}
 
 
-def test_seed_shuffles_training_images_and_leaves_validation_images_sorted(source, tmp_path):
+def test_seed_changes_the_order_of_training_images_and_nothing_else(source, tmp_path):
     write(source, tmp_path / "a", seed=0)
     write(source, tmp_path / "b", seed=1)
     train = [names(tmp_path / name, "train-*.tar") for name in "ab"]
-    assert train[0] != train[1]
-    assert sorted(train[0]) == sorted(train[1]) != train[0]
+    assert sorted(train[0]) == sorted(train[1]) != train[0] != train[1]
+    assert dict(sorted((m.name, content) for m, content in members(tmp_path / "a"))) == dict(
+        sorted((m.name, content) for m, content in members(tmp_path / "b")))
     val = names(tmp_path / "a", "val-*.tar")
     assert val[::2] == sorted(val[::2]) == names(tmp_path / "b", "val-*.tar")[::2]
+    classes = [name.split("/")[1] for name in train[0][::2]]
+    assert classes != sorted(classes)
 
 
-def test_index_points_at_the_verbatim_jpeg(source, tmp_path):
-    write(source, tmp_path / "out")
+def test_index_points_at_the_verbatim_jpeg(images, source, tmp_path):
+    manifest = write(source, tmp_path / "out")
     for split in ("train", "val"):
         rows = pq.read_table(tmp_path / "out" / f"{split}.index.parquet").to_pylist()
         assert list(rows[0]) == ["key", "shard", "offset", "size", "label"]
+        assert sorted(row["key"] for row in rows) == sorted(
+            name.removesuffix(".JPEG") for name in images if name.startswith(split))
         for row in rows:
             tar = (tmp_path / "out" / row["shard"]).read_bytes()
-            jpeg = tar[row["offset"] : row["offset"] + row["size"]]
-            assert jpeg == (source / f"{row['key']}.jpg").read_bytes()
-            assert row["label"] == ["cat", "dog"].index(row["key"].split("/")[1])
+            assert manifest.classes[row["label"]] == row["key"].split("/")[1]
+            if not row["key"].endswith("png"):
+                assert tar[row["offset"] : row["offset"] + row["size"]] == images[f"{row['key']}.JPEG"]
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves that to the collector
@@ -108,115 +127,280 @@ def test_plain_webdataset_reads_the_tars_in_the_index_order(source, tmp_path):
 def test_tar_headers_tell_nothing_of_the_machine(source, tmp_path):
     write(source, tmp_path / "out")
     assert (tmp_path / "out" / "val-000000.tar").read_bytes()[257:265] == b"ustar\x0000"
-    for member, _ in members(tmp_path / "out", "*.tar"):
+    for member, _ in members(tmp_path / "out"):
         assert (member.uid, member.gid, member.mtime, member.uname, member.gname) == (0, 0, 0, "", "")
 
 
-def test_other_formats_become_jpegs_and_other_files_are_skipped_by_name(source, tmp_path):
-    write_image(source / "train" / "cat" / "drawing.v2.png", 5)
-    write_image(source / "val" / "dog" / "disguised.jpg", 6, format="PNG")
-    (source / "train" / "cat" / "notes.txt").write_text("no image")
-    (source / "train" / "index.csv").write_text("no image either")
+@given(sizes=st.lists(st.integers(0, 5000) | st.sampled_from([512, 1024, 3000, 9000]), max_size=40))
+@settings(deadline=None)
+def test_tars_are_tarfiles_own_bytes_whatever_the_sizes(tmp_path_factory, sizes):
+    rng = np.random.default_rng(len(sizes))
+    files = {f"train/n01440764/{number}.jpg": rng.bytes(size) for number, size in enumerate(sizes)}
+    expected = io.BytesIO()
+    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as twin:
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            twin.addfile(header, io.BytesIO(content))
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "_BUFFER", 4096)  # so that some files are larger, and many buffers are used
+        patch.setattr(gather, "_WRITE_BACK", 10_000)
+        with Tar(path) as tar:
+            places = [tar.add(name, content) for name, content in files.items()]
+            tar.finish()
+    assert path.read_bytes() == expected.getvalue()
+    assert tar.size == len(expected.getvalue()) == gather.tar_size(np.array(sizes, np.int64))
+    for place, content in zip(places, files.values(), strict=True):
+        assert expected.getvalue()[place : place + len(content)] == content
+
+
+def test_odd_images_are_listed_and_those_of_other_formats_become_jpegs(source, tmp_path):
+    (source / "train" / layouts.WNIDS[0] / "drawing.v2.png").write_bytes(layouts.odd_image("png"))
+    (source / "train" / layouts.WNIDS[0] / "notes.txt").write_text("no image")
     manifest = write(source, tmp_path / "out")
-    assert manifest.reencoded == ["train/cat/drawing.v2.png", "val/dog/disguised.jpg"]
-    assert manifest.skipped == ["train/cat/notes.txt", "train/index.csv"]
-    assert manifest.counts == {"train": 7, "val": 5}
-    assert "train/cat/drawing_v2.jpg" in names(tmp_path / "out", "train-*.tar")
-    for member, content in members(tmp_path / "out", "*.tar"):
-        if member.name.endswith(".jpg"):
-            assert Image.open(io.BytesIO(content)).format == "JPEG"
+    assert manifest.oddities == {"cmyk": 1, "exif-rotated": 1, "grayscale": 1, "png": 2}
+    assert manifest.skipped == {}
+    assert manifest.ignored == [f"train/{layouts.WNIDS[0]}/notes.txt"]
+    assert (tmp_path / "out" / shard.ODDITIES).read_text().splitlines() == [
+        "name,oddity,done",
+        f"train/{layouts.WNIDS[0]}/drawing.v2.png,png,encoded as JPEG",
+        f"{layouts.odd_name('cmyk')},cmyk,kept as it is",
+        f"{layouts.odd_name('grayscale')},grayscale,kept as it is",
+        f"{layouts.odd_name('png')},png,encoded as JPEG",
+        f"{layouts.odd_name('rotated')},exif-rotated,kept as it is",
+    ]
+    assert f"train/{layouts.WNIDS[0]}/drawing_v2.jpg" in names(tmp_path / "out", "train-*.tar")
+    for member, content in members(tmp_path / "out"):
+        assert member.name.endswith(".cls") or content.startswith(b"\xff\xd8")
 
 
-@pytest.mark.parametrize(("content", "told"), [(b"no image", "not an image"), (None, "truncated")])
-def test_unreadable_image_is_named_and_leaves_no_manifest(source, tmp_path, content, told):
-    bad = source / "train" / "dog" / "1.jpg"
-    bad.write_bytes(bad.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(SourceError, match=f"train/dog/1.jpg .*{told}.*: replace or remove it"):
+def test_bad_images_are_named_together_and_the_other_shards_are_kept(source, tmp_path):
+    for kind in layouts.BAD:
+        (source / layouts.odd_name(kind)).write_bytes(layouts.odd_image(kind))
+    out = tmp_path / "out"
+    with pytest.raises(SourceError) as caught:
+        write(source, out)
+    assert str(caught.value).splitlines() == [
+        "3 of the images cannot be read:",
+        f"  {layouts.odd_name('empty')}: empty",
+        f"  {layouts.odd_name('text')}: not an image",
+        f"  {layouts.odd_name('truncated')}: truncated",
+        "  replace or remove them, or set data.on_bad_image to skip; shards without a bad image are kept",
+    ]
+    kept = times(out)
+    assert not (out / "manifest.json").exists() and 3 <= len(kept) < 8
+    manifest = write(source, out, on_bad_image="skip")
+    assert manifest.skipped == {
+        layouts.odd_name("empty"): "empty", layouts.odd_name("text"): "not an image",
+        layouts.odd_name("truncated"): "truncated",
+    }
+    assert manifest.counts == {"train": 19, "val": 6}
+    assert {name: times(out)[name] for name in kept} == kept
+    with pytest.raises(SourceError, match="3 of the images cannot be read"):
+        write(source, out)
+
+
+def test_a_bad_image_changes_no_shard_but_its_own(images, source, tmp_path):
+    good = write(source, tmp_path / "good")
+    (source / layouts.odd_name("cmyk")).write_bytes(b"")
+    bad = write(source, tmp_path / "bad", on_bad_image="skip")
+    different = [name for name in good.shards if good.shards[name] != bad.shards[name]]
+    assert len(different) == 1 and good.shards.keys() == bad.shards.keys()
+    for entries in (good.shards, bad.shards):
+        assert all(set(entry) == {"size", "xxh3"} for entry in entries.values())
+
+
+def test_many_bad_images_are_counted(source, tmp_path):
+    for number in range(25):
+        (source / "val" / layouts.WNIDS[1] / f"{number:02d}.jpg").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"(?s)^25 of the images.*19.jpg: empty\n  ... and 5 more\n"):
         write(source, tmp_path / "out")
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    write_image(bad, 9)
-    write(source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_folder_of_another_shape_is_refused(source, tmp_path):
-    write_image(source / "train" / "cat" / "0.png", 1)
-    with pytest.raises(SourceError, match=r"has the key train/cat/0 too"):
+def test_keys_that_clash_are_refused(source, tmp_path):
+    folder = source / "train" / layouts.WNIDS[1]
+    for name in ("a.b.jpg", "a_b.jpg"):
+        (folder / name).write_bytes(layouts.jpeg(0))
+    with pytest.raises(SourceError, match=r"/a.b.jpg and train/.*/a_b.jpg would both have the key .*/a_b: rename"):
         write(source, tmp_path / "out")
-    (source / "train" / "cat" / "0.png").unlink()
-    write_image(source / "val" / "bird" / "0.jpg", 1)
-    with pytest.raises(SourceError, match="val/bird: there is no such class"):
+
+
+def test_a_name_too_long_for_a_tar_is_refused(source, tmp_path):
+    (source / "val" / layouts.WNIDS[1] / f"{'a' * 120}.jpg").write_bytes(layouts.jpeg(0))
+    with pytest.raises(SourceError, match="a{120}.jpg: too long a name for a tar"):
         write(source, tmp_path / "out")
-    with pytest.raises(SourceError, match="nowhere/train not found"):
-        write(tmp_path / "nowhere", tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.partial"))
 
 
-def test_a_smaller_source_leaves_no_shard_of_the_larger_one(source, tmp_path):
-    write(source, tmp_path / "out")
-    for number in range(3):
-        (source / "train" / "dog" / f"{number}.jpg").unlink()
-    write(source, tmp_path / "out")
-    write(source, tmp_path / "fresh")
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+def test_a_finished_run_is_kept_and_damage_is_mended_alone(source, tmp_path):
+    out = tmp_path / "out"
+    manifest = write(source, out)
+    before, written = contents(out), times(out)
+    assert write(source, out) == manifest
+    assert (contents(out), times(out)) == (before, written)
+    flipped = bytearray(before["train-000001.tar"])
+    flipped[700] ^= 1
+    (out / "train-000001.tar").write_bytes(flipped)
+    (out / "train-000003.tar").unlink()
+    (out / "val-000000.tar").write_bytes(before["val-000000.tar"][:-512])
+    (out / shard.RECEIPTS / "train-000002.tar.parquet").write_bytes(b"no receipt")
+    assert write(source, out) == manifest
+    assert contents(out) == before
+    changed = [name for name, touched in times(out).items() if touched != written[name]]
+    assert sorted(changed) == ["train-000001.tar", "train-000002.tar", "train-000003.tar", "val-000000.tar"]
 
 
-def test_damaged_shard_is_named_with_what_to_do(source, tmp_path):
+def test_an_image_that_changes_is_written_again_with_its_shard_alone(source, tmp_path):
     out = tmp_path / "out"
     write(source, out)
-    shard.verify(out)
-    path = out / "train-000001.tar"
+    written = times(out)
+    (source / layouts.odd_name("cmyk")).write_bytes(layouts.jpeg(3) + b"\0")
+    write(source, out)
+    write(source, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert sum(touched != written[name] for name, touched in times(out).items()) == 1
+
+
+def test_another_source_or_seed_leaves_nothing_of_the_one_before(source, tmp_path):
+    out = tmp_path / "out"
+    write(source, out)
+    (out / "train-000000.tar.0a1b2c3d.partial").write_bytes(b"of a run that was killed")
+    for path in (source / "train" / layouts.WNIDS[0]).iterdir():
+        path.unlink() if path.stem.endswith(tuple(layouts.ODD)) else None
+    write(source, out, seed=1)
+    write(source, tmp_path / "fresh", seed=1)
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert {path.name for path in (out / shard.RECEIPTS).iterdir()} == {f"{name}.parquet" for name in times(out)}
+
+
+def test_too_little_space_is_told_before_the_first_byte(source, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def free(num_bytes: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=num_bytes))
+
+    free(50_000)
+    with pytest.raises(ShardError, match=r"out lacks space: .* take 0.1 MB more and 0.1 MB are free. Make room"):
+        write(source, out)
+    assert not times(out)
+    free(100_000_000)
+    write(source, out)
+    free(50_000)
+    write(source, out)  # what is there takes no more space
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_no_part_of_a_shard(source, tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gather.os, "write", full)
+        with pytest.raises(ShardError, match=r"train-000000.tar cannot be written: No space left on device"):
+            write(source, tmp_path / "out")
+    assert not times(tmp_path / "out") and not list((tmp_path / "out").rglob("*.partial"))
+    write(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["a folder tree", "Kaggle's zip", "the official archives"])
+def test_a_source_that_shrank_since_it_was_listed_is_named(images, tmp_path, layout):
+    source = layouts.LAYOUTS[layout](images, tmp_path / "source")
+    found = detect(str(source))
+    listing = found.scan("own")
+    for path in source.rglob("*"):
+        if path.suffix in (".JPEG", ".zip", ".tar"):
+            os.truncate(path, path.stat().st_size // 4)
+    with pytest.raises(SourceError, match=r"source/.* is shorter than when it was listed: it ends at byte \d+, within"):
+        shard.write_shards(listing, found.root, tmp_path / "out", source="", images_per_shard=4, seed=0)
+
+
+def test_a_zip_that_is_damaged_is_named(images, tmp_path):
+    source = layouts.kaggle_zip(images, tmp_path / "source")
+    found = detect(str(source))
+    listing = found.scan("own")
+    (path,) = source.glob("*.zip")
     content = bytearray(path.read_bytes())
-    content[700] ^= 1
+    for table in listing.splits.values():
+        for row in table.to_pylist():
+            content[row["offset"] : row["offset"] + 4] = bytes(4)
     path.write_bytes(content)
-    Shards(out)  # only sizes are compared here
-    with pytest.raises(ShardError, match="train-000001.tar does not match .*: delete .* `dvc repro shard`"):
-        shard.verify(out)
-    path.write_bytes(content[:-512])
-    with pytest.raises(ShardError, match=r"train-000001.tar does not match its manifest \(\d+ bytes, not"):
-        Shards(out)
-    path.unlink()
-    with pytest.raises(ShardError, match="train-000001.tar is in the manifest but missing"):
-        Shards(out)
-    (out / "manifest.json").unlink()
-    with pytest.raises(ShardError, match="manifest.json not found: run `dvc repro shard`"):
-        Shards(out)
+    with pytest.raises(SourceError, match=r"challenge.zip is damaged: no member of the zip at byte \d+"):
+        shard.write_shards(listing, found.root, tmp_path / "out", source="", images_per_shard=4, seed=0)
 
 
-def test_digits_are_written_once_and_split_by_class(tmp_path):
-    prepare.write_digits(tmp_path)
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg")}
-    counts = Counter(path.parts[-3] for path in written)
-    assert counts == {"train": 1437, "val": 360}
-    of_class = Counter(path.parts[-2] for path in written if "val" in path.parts)
-    assert len(of_class) == 10 and set(of_class.values()) <= {35, 36, 37}
-    assert Image.open(io.BytesIO(min(written).read_bytes())).size == (32, 32)
+def test_a_task_carries_the_rows_of_its_own_shard_alone(source, tmp_path):
+    found = detect(str(source))
+    listing = found.scan("own")
 
-    gone, kept = sorted(written)[:2]
-    content = gone.read_bytes()
-    gone.unlink()
-    listed = prepare.listing(tmp_path)
-    prepare.write_digits(tmp_path)
-    assert gone.read_bytes() == content
-    assert kept.stat().st_mtime_ns == written[kept]
-    assert prepare.listing(tmp_path) != listed
+    def largest(images_per_shard: int) -> int:
+        plan = shard.Plan(listing, source, tmp_path, images_per_shard=images_per_shard, seed=0, skip=False)
+        return max(len(pickle.dumps(task)) for task in plan.tasks())
+
+    assert largest(1) + 50 * 10 < largest(19)
 
 
-def test_digits_do_not_mix_with_images_of_others(tmp_path):
-    write_image(tmp_path / "train" / "cat" / "0.jpg", 0)
-    with pytest.raises(ConfigError, match="train/cat/0.jpg is none of the digits"):
-        prepare.write_digits(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*.jpg")] == ["0.jpg"]
-
-
-@pytest.mark.parametrize("stage", ["prepare", "shard"])
-def test_missing_data_folder_is_told_on_the_command_line(root, tmp_path, stage):
+def test_damage_is_found_and_mended_on_the_command_line(root, source, tmp_path):
     params = (root / "params.yaml").read_text()
     (tmp_path / "params.yaml").write_text(
-        params.replace("name: digits ", "name: mine ").replace("data/source/digits", "data/source/mine"))
-    ended = subprocess.run(
-        [sys.executable, "-m", f"stages.{stage}"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True, text=True,
-    )
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: missing data folder: data/source/mine/train and ")
-    assert "Traceback" not in ended.stderr
+        params.replace("name: digits ", "name: mine ").replace("data/source/digits", "source")
+        .replace("images_per_shard: 512", "images_per_shard: 4"))
+    out = tmp_path / "data/shards/mine"
+
+    def run(stage: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(root)})
+
+    ended = run("shard")
+    assert ended.returncode == 0, ended.stderr
+    assert "19 training and 6 validation images of 3 classes in 7 shards" in ended.stderr
+    assert "oddities.csv lists by name: 1 cmyk, 1 exif-rotated, 1 grayscale, 1 png" in ended.stderr
+    (out / "train-000002.tar").unlink()
+    with pytest.raises(ShardError, match=r"train-000002.tar is in the manifest but missing"):
+        Shards(out)
+    ended = run("verify")
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "train-000002.tar: missing" in ended.stderr and "dvc repro --force shard" in ended.stderr
+    assert run("shard").returncode == 0
+    verify.verify(out)
+
+
+KILLED = """
+import sys, time
+from pipeline import shard
+kept = shard._kept
+shard._kept = lambda task: (time.sleep(0.1), kept(task))[1]
+shard.write(sys.argv[1], sys.argv[2], images_per_shard=4, seed=0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["in process", "in tasks"])
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(images, root, tmp_path, then):
+    source, out = layouts.archives(images, tmp_path / "source"), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(out)], cwd=root) as process:
+        while len(list(out.glob("*.tar"))) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    done = times(out)
+    assert 3 <= len(done) < 7 and not (out / "manifest.json").exists()
+    (out / "train-000004.tar.0a1b2c3d.partial").write_bytes(b"half a shard")
+    manifest = write(source, out, in_process=then == "in process")
+    assert manifest == write(source, tmp_path / "fresh", in_process=True)
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert {name: times(out)[name] for name in done} == done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_any_number_of_ray_tasks_writes_the_same_bytes(root, tmp_path, cpus):
+    images = layouts.images(odd=layouts.ODD + layouts.BAD)
+    source = layouts.kaggle_zip(images, tmp_path / "source")
+    script = ("import sys; from pipeline import cluster, shard; cluster.connect(); import ray; "
+              "shard.write(*sys.argv[1:], images_per_shard=4, seed=0, on_bad_image='skip', in_process=False)")
+    start = f"import ray; ray.init(num_cpus={cpus}, include_dashboard=False, log_to_driver=False); "
+    subprocess.run([sys.executable, "-c", start + script, source, tmp_path / "tasks"], cwd=root, check=True)
+    write(source, tmp_path / "here", on_bad_image="skip", in_process=True)
+    assert contents(tmp_path / "tasks") == contents(tmp_path / "here")
+    with pytest.raises(SourceError, match="3 of the images cannot be read"):
+        write(source, tmp_path / "tasks", in_process=True)

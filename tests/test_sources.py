@@ -10,7 +10,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -130,7 +130,16 @@ def test_all_thousand_classes_have_imagenets_labels_under_either_name(tmp_path, 
     assert own.classes == theirs.classes == list(imagenet.wnids())
     assert own.splits["val"]["label"].to_pylist() == list(range(1000))
     assert own.splits["train"].equals(theirs.splits["train"])
-    assert "1,000 images in train instead of 1,281,167" in caplog.text
+    assert "train has 1,000 images instead of 1,281,167" in caplog.text
+
+
+def test_a_table_in_another_order_is_not_trusted(tmp_path, monkeypatch):
+    names = imagenet.wnids()
+    empty = {f"{split}/{wnid}/0.JPEG": b"" for split in ("train", "val") for wnid in names}
+    source = layouts.folder_tree(empty, tmp_path)
+    monkeypatch.setattr(imagenet, "wnids", lambda: names[::-1])
+    with pytest.raises(SourceError, match="timm's table of ImageNet's classes is not in the order of the wnids"):
+        scan(source)
 
 
 def test_ilsvrc_ids_are_no_labels(images, tmp_path):
@@ -147,7 +156,7 @@ def test_ilsvrc_ids_are_no_labels(images, tmp_path):
 def test_a_class_that_imagenet_lacks_has_no_label_of_its(tmp_path):
     source = layouts.folder_tree(layouts.images(wnids=["tench", "n01443537"]), tmp_path / "source")
     assert scan(source).classes == ["n01443537", "tench"]
-    with pytest.raises(SourceError, match=r"but none of ImageNet.s 1,000 classes, .*, is called tench: .*set data.labels to own"):
+    with pytest.raises(SourceError, match=r"none of ImageNet.s .* is called tench: .* data.labels to own"):
         scan(source, "imagenet")
 
 
@@ -212,6 +221,27 @@ def test_a_class_tar_that_was_cut_raises_wherever_it_was(images, tmp_path, posit
             layouts.add(tar, member, bytes_left)
     with pytest.raises(SourceError, match=f"{layouts.TRAIN_TAR}: {name} .*(cut|damaged).* again"):
         scan(source)
+
+
+def test_no_block_in_which_a_tar_is_cut_is_missed(tmp_path):
+    contents = {"a.JPEG": b"a" * 700, "b.JPEG": b"b" * 512, "c.JPEG": b""}
+    path, behind = tmp_path / "a.tar", tmp_path / "behind.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, inside in contents.items():
+            layouts.add(tar, name, inside)
+    whole = path.read_bytes()
+    end = whole.rindex(b"ustar") - 257 + 512  # of the last header, whose file is empty
+    behind.write_bytes(whole * 2)
+    for length in sorted({block + beyond for block in range(0, len(whole), 512) for beyond in (0, 1, 100, 511)}):
+        path.write_bytes(whole[:length])
+        for found in (archives.members(path), archives.members(behind, archives.Member("inner", 0, length))):
+            seen = []
+            with nullcontext() if length >= end + 512 else pytest.raises(SourceError, match="cut|damaged"):
+                for member in found:
+                    seen.append(member.name)
+                    assert member.offset + member.size <= length
+            assert seen == list(contents)[: len(seen)]
+            assert len(seen) == 3 or length < end + 512
 
 
 def test_zeros_where_a_header_was_are_not_taken_for_the_end(images, tmp_path):
@@ -304,6 +334,16 @@ def test_names_of_any_length_and_prefix_are_read_by_the_standard_library(images,
     assert row["name"] == f"train/{TENCH}/{image}" and content(source, row) == b"content"
 
 
+def test_a_link_in_a_tar_is_refused(images, tmp_path):
+    source = layouts.archives(images, tmp_path / "source")
+    with tarfile.open(source / layouts.VAL_TAR, "w") as tar:
+        link = tarfile.TarInfo("ILSVRC2012_val_00000001.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "elsewhere.JPEG"
+        tar.addfile(link)
+    with pytest.raises(SourceError, match="ILSVRC2012_val_00000001.JPEG is a link or sparse"):
+        scan(source)
+
+
 # Kaggle
 
 
@@ -335,6 +375,14 @@ def test_kaggles_validation_images_and_table_must_agree(images, tmp_path, build,
     del files[f"{place}9.JPEG"], files[f"{place}2.JPEG"]
     with pytest.raises(SourceError, match=r"images of LOC_val_solution.csv are missing .*: ILSVRC2012_val_00000002;"):
         scan(build(images, tmp_path / "fewer"))
+
+
+@pytest.mark.parametrize("table", [b"", b"Id,Class\n1,2\n", b"ImageId,PredictionString\nname,\n", b"\xff"])
+def test_a_table_that_is_not_kaggles_is_named(images, tmp_path, table):
+    source = layouts.kaggle_folder(images, tmp_path / "source")
+    (source / "LOC_val_solution.csv").write_bytes(table)
+    with pytest.raises(SourceError, match="LOC_val_solution.csv"):
+        scan(source)
 
 
 def test_a_zip_that_was_cut_or_is_not_kaggles_is_refused(images, tmp_path):
@@ -408,6 +456,18 @@ def test_what_is_no_image_is_noted_and_hidden_files_are_not_seen(images, tmp_pat
     assert len(rows(listing)) == len(images)
 
 
+def test_a_name_that_is_not_utf8_is_refused(images, tmp_path):
+    source = layouts.folder_tree(images, tmp_path / "source")
+    path = os.fsencode(source / "train" / TENCH) + b"/\xff.jpg"
+    try:
+        open(path, "wb").close()
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    prepare.summary(sources.detect(str(source)))
+    with pytest.raises(SourceError, match=r"udcff.jpg': a name that is not UTF-8; rename it"):
+        scan(source)
+
+
 def test_a_tree_of_another_shape_is_refused(images, tmp_path):
     source = layouts.folder_tree(images, tmp_path / "source")
     loose, nested = source / "val" / "0.jpg", source / "train" / TENCH / "images"
@@ -450,16 +510,19 @@ def test_existing_shards_are_told_from_archives(images, tmp_path):
     assert sources.detect("s3://bucket/imagenet") == ExistingShards("s3://bucket/imagenet")
 
 
-def test_a_place_that_holds_no_source_is_told_with_all_that_may(tree, tmp_path):
+def test_a_place_that_holds_no_source_is_told_with_all_that_may(tree, images, tmp_path):
     with pytest.raises(SourceError, match="missing data folder: .*nowhere not found. Set data.source .* to one of: "):
         sources.detect(str(tmp_path / "nowhere"))
     with pytest.raises(SourceError, match="holds nothing, none of what data.source may name. Set data.source"):
         sources.detect(str(tmp_path))
-    with pytest.raises(SourceError, match=rf"none of what data.source may name; {tree} does hold train and val"):
+    with pytest.raises(SourceError, match=rf"none of what data.source may name, but {tree} is a folder tree. Set"):
         sources.detect(str(tree / "train"))
     shutil.copytree(tree, tmp_path / "deeper" / "imagenette2")
-    with pytest.raises(SourceError, match="holds imagenette2, .*; .*deeper/imagenette2 does hold train and val"):
+    with pytest.raises(SourceError, match="holds imagenette2, .*, but .*deeper/imagenette2 is a folder tree"):
         sources.detect(str(tmp_path / "deeper"))
+    kaggle = layouts.kaggle_folder(images, tmp_path / "kaggle")
+    with pytest.raises(SourceError, match=f"holds Annotations, Data, .*, but {kaggle} is Kaggle's folder"):
+        sources.detect(str(kaggle / "ILSVRC"))
     (tmp_path / "imagenette2.tgz").touch()
     with pytest.raises(SourceError, match="imagenette2.tgz is a file, .*: extract it"):
         sources.detect(str(tmp_path / "imagenette2.tgz"))

@@ -31,8 +31,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     params["train"] |= {"cpus_per_worker": 1}
     write(params)
     data = config.load().data
-    prepare.write_digits(data.source)
-    shard.write_shards(data.source, data.shards, images_per_shard=512, seed=0)
+    prepare.write_digits(Path(data.source))
+    shard.write(data.source, data.shards, images_per_shard=512, seed=0)
     return tmp_path
 
 

@@ -6,6 +6,7 @@ are written; existing shards are indexed where they lie (pipeline.index).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +26,18 @@ from pipeline.sources.listing import (
     STORED,
     Listing,
     SourceError,
-    class_list,
     some,
 )
 
 __all__ = ["DEFLATED", "ExistingShards", "IMAGES", "IMAGE_SUFFIXES", "Listing", "PLAIN", "STORED", "Source",
-           "SourceError", "class_list", "detect"]
+           "SourceError", "detect"]
 
 
 class Source(Protocol):
     """Images in one of the layouts."""
 
     layout: ClassVar[str]
-    """What it is, in words: "the official archives", "Kaggle's folder", "Kaggle's zip", "a folder tree"."""
+    """What it is, in words: "the official archives", "Kaggle's folder", "Kaggle's zip" or "a folder tree"."""
 
     @property
     def root(self) -> Path:
@@ -103,8 +103,6 @@ def _file(path: Path) -> Source:
 
 def _folder(path: Path) -> Source | ExistingShards | None:
     names = set(os.listdir(path))
-    if "manifest.json" in names:
-        return ExistingShards(str(path))
     if names & archives.NEEDED.keys():
         return Archives(path)
     if "ILSVRC" in names or kaggle.SOLUTION in names:
@@ -112,7 +110,7 @@ def _folder(path: Path) -> Source | ExistingShards | None:
     if any((path / split).is_dir() for split in SPLITS):
         return FolderTree(path)
     tars = [name for name in names if name.endswith(".tar")]
-    if all(any(split in name for name in tars) for split in SPLITS):
+    if "manifest.json" in names or all(any(split in name for name in tars) for split in SPLITS):
         return ExistingShards(str(path))
     zips = sorted(name for name in names if name.endswith(".zip"))
     if len(zips) > 1:
@@ -128,6 +126,7 @@ def _nearby(path: Path) -> str:
     """The folder that was probably meant: the one above, or one of those inside."""
     inside = [path / name for name in sorted(os.listdir(path))[:100] if (path / name).is_dir()]
     for near in (path.absolute().parent, *inside):
-        if any((near / split).is_dir() for split in SPLITS):
-            return f"; {near} does hold train and val"
+        with contextlib.suppress(SourceError, OSError):
+            if found := _folder(near):
+                return f", but {near} is {found.layout}"
     return ""

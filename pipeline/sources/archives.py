@@ -11,13 +11,12 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
 from pipeline.imagenet import WNID
-from pipeline.sources.listing import Collector, Listing, SourceError, some
+from pipeline.sources.listing import Collector, Listing, SourceError, in_threads, some
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 NEEDED = {
@@ -77,10 +76,9 @@ class Archives:
             if not (tar.name.endswith(".tar") and WNID.fullmatch(tar.name[:-4])):
                 raise SourceError(f"{path} holds {tar.name}, but should hold a tar for each class, such as "
                                   f"n01440764.tar: use the archive as image-net.org has it")
-        with ThreadPoolExecutor(_THREADS) as threads:
-            listed = threads.map(lambda tar: list(members(path, tar)), tars)
-            for tar, images in zip(tars, listed, strict=True):
-                yield tar.name[:-4], images
+        listed = in_threads(_THREADS, lambda tar: list(members(path, tar)), tars)
+        for tar, images in zip(tars, listed, strict=True):
+            yield tar.name[:-4], images
 
     def _add_val(self, found: Collector, wnids: list[str]) -> None:
         """Takes in the validation images, whose classes are `wnids`, in the order of their numbers."""
@@ -144,8 +142,11 @@ def members(path: Path, inner: Member | None = None) -> Iterator[Member]:
                     tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it keeps them all otherwise
                     if member.offset_data + member.size > end:
                         raise SourceError(f"{whole} is cut, in or after the header of {member.name}: {_AGAIN}")
-                    if member.isreg() and not member.issparse():
-                        yield Member(PurePosixPath(member.name).name, member.offset_data, member.size)
+                    if member.isdir():
+                        continue
+                    if not member.isreg() or member.issparse():
+                        raise SourceError(f"{whole}: {member.name} is a link or sparse, and no file in the tar")
+                    yield Member(PurePosixPath(member.name).name, member.offset_data, member.size)
                 _check_end(file, tar.offset, end, whole)
         except tarfile.TarError as error:
             raise SourceError(f"{whole} is cut or damaged ({error}): {_AGAIN}") from None

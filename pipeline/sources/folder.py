@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.sources.listing import SPLITS, Collector, Listing, SourceError, is_image, some
+from pipeline.sources.listing import SPLITS, Collector, Listing, SourceError, in_threads, is_image, some
 
 OTHER_NAMES = {"train": ("training", "Train"), "val": ("validation", "valid", "Val", "test")}
 """What the splits' folders are called elsewhere."""
-THREADS = 16  # they wait for the file system, which on a network answers many at a time
+_THREADS = 16  # they wait for the file system, which on a network answers many at a time
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class FolderTree:
 def walk(folder: Path) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """The folders in a folder, in sorted order, each with the names and sizes of its files."""
     names, _ = contents(folder)
-    with ThreadPoolExecutor(THREADS) as threads:
-        yield from zip(names, threads.map(lambda name: sizes(folder / name), names), strict=True)
+    yield from zip(names, in_threads(_THREADS, lambda name: sizes(folder / name), names), strict=True)
 
 
 def sizes(folder: Path) -> list[tuple[str, int]]:

@@ -129,9 +129,13 @@ class _Tables:
 
     def __init__(self, where: str, solution: bytes, mapping: bytes) -> None:
         self._where = where
-        self._class_of = {row["ImageId"]: row["PredictionString"].split()[0]
-                          for row in csv.DictReader(io.StringIO(solution.decode()))}
-        self._classes = {line.split()[0] for line in mapping.decode().splitlines() if line.strip()}
+        try:
+            rows = csv.DictReader(io.StringIO(solution.decode()))
+            self._class_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+            self._classes = {line.split()[0] for line in mapping.decode().splitlines() if line.strip()}
+        except (KeyError, IndexError, AttributeError, UnicodeDecodeError, csv.Error) as error:
+            raise SourceError(f"{where}: {SOLUTION} or {MAPPING} is not as Kaggle has it ({error}): extract or "
+                              f"download it again") from None
         self._seen: set[str] = set()
 
     def class_of(self, image: str) -> str:

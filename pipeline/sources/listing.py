@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline import imagenet
 
+T = TypeVar("T")
+R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
@@ -90,15 +95,12 @@ class Collector:
             raise SourceError(f"no training images of {some(missing)}, which {told}")
         if foreign := self._classes.keys() - set(expected):
             raise SourceError(f"{some(foreign)}: no such class in what {told}")
-        classes = class_list(self._classes, labels)
+        classes = _classes(self._classes, labels)
         place = {name: number for number, name in enumerate(classes)}
         label_of = pa.array([place[name] for name in self._classes], pa.int64())
         splits = {split: _sorted(self._chunks.pop(split), label_of) for split in SPLITS}
-        if self._classes.keys() == set(imagenet.wnids() if len(self._classes) == 1000 else ()):
-            for split, images in splits.items():
-                if len(images) != imagenet.COUNTS[split]:
-                    logger.warning("%s: all of ImageNet's classes, but %s images in %s instead of %s",
-                                self.layout, f"{len(images):,}", split, f"{imagenet.COUNTS[split]:,}")
+        if imagenet.all_there(self._classes):
+            _compare_counts(self.layout, splits)
         return Listing(self.layout, classes, splits, sorted(self.ignored))
 
     def _flush(self, split: str) -> None:
@@ -117,24 +119,11 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def class_list(found: Iterable[str], labels: str) -> list[str]:
-    """The classes, each at the place that is its label: those found, sorted, or all of ImageNet's.
-
-    Raises: SourceError if `labels` is "imagenet" and a class is none of its 1,000.
-    """
-    classes = sorted(found)
-    if labels == "imagenet" or (len(classes) == 1000 and all(map(imagenet.WNID.fullmatch, classes))):
-        table = list(imagenet.wnids())
-        unknown = set(classes) - set(table)
-        if labels == "imagenet" and unknown:
-            raise SourceError(
-                f"data.labels is imagenet, but none of ImageNet's 1,000 classes, such as {table[0]}, is called "
-                f"{some(unknown)}: rename the classes, or set data.labels to own"
-            )
-        if not unknown and classes == sorted(table) != table:
-            raise SourceError("timm's table of ImageNet's classes is not in the order of wnids: labels would not match")
-        return table if labels == "imagenet" else classes
-    return classes
+def in_threads(threads: int, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """The results in the order of the items, computed by threads that run only a little ahead of who takes them."""
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(items), 4 * threads):
+            yield from pool.map(function, items[start : start + 4 * threads])
 
 
 def some(names: Iterable[str], limit: int = 3) -> str:
@@ -144,12 +133,34 @@ def some(names: Iterable[str], limit: int = 3) -> str:
     return f"{', '.join(names[:limit])}{more}"
 
 
+def _classes(found: Iterable[str], labels: str) -> list[str]:
+    """The classes, each at the place that is its label: those found, sorted, or all of ImageNet's."""
+    classes = sorted(found)
+    if imagenet.all_there(classes) and classes != list(imagenet.wnids()):
+        raise SourceError("timm's table of ImageNet's classes is not in the order of the wnids, as all labels are: "
+                          "install the version of timm that constraints.txt names")
+    if labels != "imagenet":
+        return classes
+    if unknown := set(classes) - set(imagenet.wnids()):
+        raise SourceError(f"data.labels is imagenet, but none of ImageNet's 1,000 classes, such as "
+                          f"{imagenet.wnids()[0]}, is called {some(unknown)}: rename the classes, or set data.labels "
+                          f"to own")
+    return list(imagenet.wnids())
+
+
+def _compare_counts(layout: str, splits: dict[str, pa.Table]) -> None:
+    for split, images in splits.items():
+        if len(images) != imagenet.COUNTS[split]:
+            logger.warning(f"{layout}: the classes are ImageNet's, but {split} has {len(images):,} images instead of "
+                           f"{imagenet.COUNTS[split]:,}: some are missing, or it is a subset")
+
+
 def _sorted(chunks: list[pa.Table], label_of: pa.Array) -> pa.Table:
     table = pa.concat_tables(chunks)
     chunks.clear()
     table = table.sort_by("name").combine_chunks()
-    if len(table["name"].unique()) < len(table):
-        counts = table["name"].value_counts()
-        repeated = [row["values"] for row in counts.to_pylist() if row["counts"] > 1]
+    names = table["name"]
+    again = pc.call_function("equal", [names[1:], names[:-1]])
+    if repeated := names[1:].filter(again).unique().to_pylist():
         raise SourceError(f"{some(repeated)}: there are two of that name; remove or rename one")
     return table.set_column(1, IMAGES.field("label"), label_of.take(table["label"].combine_chunks()))

@@ -1,0 +1,160 @@
+"""Writing shards from ImageNet's official archives, beside `tar cf` and `cp`, in one alternating run.
+
+    python benchmarks/shard.py                    2,000 photos of about 110 KB, warm, then cold and synced
+    python benchmarks/shard.py --index 1281167    time and peak memory with as many images as ImageNet has, tiny ones
+
+All take the same images, and we work in one process: `ours` reads them from nested tars, from the scan of the headers
+to the manifest, `ours, listed` has scanned them before; `tar cf` packs them from a folder tree; `cp` copies the nested
+tars. Ratios are medians over neighbouring passes, with their quartiles; above 1 a row is faster. Warm: the sources
+are in the page cache, nothing waits for the disk. Cold and synced: the sources are dropped from the cache first, and
+the time includes `sync`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+from photos import photos
+
+from pipeline import shard
+from pipeline.imagenet import wnids
+from pipeline.sources import ExistingShards, detect
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+import layouts
+
+IMAGES_PER_SHARD = 1000
+ROW = "{:16} {:14} {:>7} {:>8} {:>15} {:>8} {:>15}"
+
+
+def compare(folder: Path, num: int, rounds: int) -> None:
+    """Prints a row for warm passes and one for cold and synced ones."""
+    images = dict(photos(num)) | dict(photos(50, split="val"))
+    num_mb = sum(map(len, images.values())) / 1e6
+    archives, tree = layouts.archives(images, folder / "archives"), layouts.folder_tree(images, folder / "tree")
+    del images
+    out = folder / "out"
+
+    def ours() -> None:
+        shard.write(str(archives), out, images_per_shard=IMAGES_PER_SHARD, seed=0, in_process=True)
+
+    found = detect(str(archives))
+    assert not isinstance(found, ExistingShards)
+    listing = found.scan("own")
+
+    def listed() -> None:
+        shard.write_shards(
+            listing, archives, out, source=str(archives), images_per_shard=IMAGES_PER_SHARD, seed=0, in_process=True
+        )
+
+    def tar() -> None:
+        out.mkdir()
+        subprocess.run(["tar", "cf", out / "images.tar", "-C", tree, "train", "val"], check=True)
+
+    def cp() -> None:
+        out.mkdir()
+        subprocess.run(["cp", *archives.glob("*.tar"), out], check=True)
+
+    contenders = {"ours": ours, "ours, listed": listed, "tar cf": tar, "cp": cp}
+    print(f"{num} photos, {num_mb:.0f} MB, {num_mb / num * 1e3:.0f} KB each; {os.cpu_count()} cores; {rounds} rounds")
+    print(ROW.format("", "", "MB/s", "x tar cf", "quartiles", "x cp", "quartiles"))
+    for name, cold in (("warm", False), ("cold and synced", True)):
+        seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+        for number in range(rounds + 1):  # the first is not counted
+            for contender, run in contenders.items():
+                took = timed(run, [archives, tree] if cold else [])
+                shutil.rmtree(out)
+                if number:
+                    seconds[contender].append(took)
+        for contender, times in seconds.items():
+            cells = [cell for other in ("tar cf", "cp") for cell in ratios(seconds[other], times)]
+            print(ROW.format(name, contender, f"{num_mb / statistics.median(times):.0f}", *cells), flush=True)
+
+
+def timed(run: Callable[[], None], dropped: list[Path]) -> float:
+    """Seconds that it takes; where folders are dropped from the page cache first, until all is on the disk."""
+    os.sync()
+    for folder in dropped:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    run()
+    if dropped:
+        os.sync()
+    return time.perf_counter() - start
+
+
+def ratios(slow: list[float], fast: list[float]) -> tuple[str, str]:
+    """Median and quartiles of slow/fast, pass by pass."""
+    pairs = [a / b for a, b in zip(slow, fast, strict=True)]
+    low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return f"{median:.2f}", f"{low:.2f} to {high:.2f}"
+
+
+def index(folder: Path, num: int) -> None:
+    """Writes shards of `num` tiny images out of nested tars, and prints time and peak memory."""
+    layouts.archives(layouts.images(train=1, val=50, wnids=wnids()), folder / "archives")
+    content = layouts.jpeg(0)
+    with tarfile.open(folder / "archives" / layouts.TRAIN_TAR, "w") as outer:
+        for place, wnid in enumerate(wnids()):
+            with tempfile.TemporaryFile(dir=folder) as file:
+                with tarfile.open(fileobj=file, mode="w") as inner:
+                    for number in range(place * num // 1000, (place + 1) * num // 1000):
+                        layouts.add(inner, f"{wnid}_{number}.JPEG", content)
+                header = tarfile.TarInfo(f"{wnid}.tar")
+                header.size = file.tell()
+                file.seek(0)
+                outer.addfile(header, file)
+    with get_context("spawn").Pool(1) as pool:  # whose memory is its own
+        manifest, took, before, peak = pool.apply(measured, (folder,))
+    print(f"{sum(manifest.counts.values()):,} images of {len(content)} bytes into {len(manifest.shards):,} shards: "
+          f"{took:.0f} s, peak memory {peak} MB, of which {before} MB are Python with its libraries")
+
+
+def measured(folder: Path) -> tuple[shard.Manifest, float, int, int]:
+    """What was written, seconds, and the peak memory before and after, in MB."""
+    wnids()  # imports torch
+    before, start = peak_mb(), time.perf_counter()
+    manifest = shard.write(
+        str(folder / "archives"), folder / "out", images_per_shard=IMAGES_PER_SHARD, seed=0, in_process=True
+    )
+    return manifest, time.perf_counter() - start, before, peak_mb()
+
+
+def peak_mb() -> int:
+    """Peak resident memory of this process; getrusage would count its parent's as well."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=2000, help="photos")
+    parser.add_argument("--rounds", type=int, default=9, help="passes of each")
+    parser.add_argument("--index", type=int, help="tiny images, instead")
+    parser.add_argument("--folder", type=Path, help="where to write; default: the folder for temporary files")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.index:
+            index(Path(folder), args.index)
+        else:
+            compare(Path(folder), args.images, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

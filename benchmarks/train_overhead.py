@@ -1,0 +1,192 @@
+"""What Ray Train and checkpoints cost: images per second of training through them, over a plain loop's.
+
+    python benchmarks/train_overhead.py --run vit --epochs 30 --checkpoint-steps 10
+
+trains one run of params.yaml, on the digits, in three processes that take turns, an epoch each, so that a machine that
+slows down slows all alike. `plain` is pipeline/loop.fit over the same batches without Ray, MLflow and files; `ray` is
+the way of stages/train.py with one worker; `checkpoints` is that with a checkpoint every so many steps. The first two
+epochs do not count, validation is not timed, start-up is told apart. What Ray's own processes do beside the workers
+slows all three where cores are few: it is told as a share of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline import cluster, config, data, loop, recipe, shard, worker
+from stages import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN, RAY, CHECKPOINTS = WAYS = ("plain", "ray", "checkpoints")
+UNCOUNTED = 2  # epochs
+POLL_S = 0.002
+
+
+def main() -> None:
+    args = parse()
+    if args.way:
+        train(args)
+        return
+    os.environ["PYTHONPATH"] = str(ROOT)
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        source = config.load(ROOT / "params.yaml").data
+        prepare.write_digits(Path(source.source))
+        shard.write(source.source, source.shards, images_per_shard=512, seed=0)
+        for way in WAYS:
+            Path(way).mkdir()
+            Path(way, "data").symlink_to(Path("data").absolute())
+        Path("turn").write_text(PLAIN)
+        with cluster.local(cpus=len(WAYS)):
+            trainings = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--way", way]) for way in WAYS]
+            wait(lambda: all(len(seconds(way)) > UNCOUNTED for way in WAYS), trainings)
+            began, before = time.monotonic(), rays_own_cpu_s(trainings)
+            wait(lambda: any(len(seconds(way)) == args.epochs for way in WAYS), trainings)
+            share = (rays_own_cpu_s(trainings) - before) / (time.monotonic() - began) / (len(WAYS) - 1)
+            for training in trainings:
+                training.wait()
+        show(share)
+
+
+def train(args: argparse.Namespace) -> None:
+    """One of the three, in its own folder."""
+    began = time.time()
+    os.chdir(args.way)
+    experiment = config.load(ROOT / "params.yaml")
+    name = experiment.run(args.run).recipe
+    short = experiment.recipes[name].model_copy(update={"epochs": args.epochs, "warmup_epochs": 1})
+    steps = args.checkpoint_steps if args.way == CHECKPOINTS else None
+    settings = experiment.train.model_copy(update={"workers": 1, "loader_workers": 0, "checkpoint_steps": steps})
+    experiment = experiment.model_copy(update={"recipes": {**experiment.recipes, name: short}, "train": settings})
+    timed = taking_turns(args.way, str(Path.cwd().parent), began)
+    if args.way == PLAIN:
+        plain(experiment, args.run, timed)
+        return
+    from pipeline import train
+
+    def work(task: worker.Task) -> Any:
+        data.train_batches = timed(data.train_batches)
+        return worker.work(task)
+
+    train.work = work
+    train.train(experiment, args.run)
+
+
+def plain(experiment: config.Experiment, run_name: str, timed: Callable[[Any], Any]) -> None:
+    """The loop over the batches that a worker would have, and nothing else."""
+    torch.set_num_threads(experiment.train.cpus_per_worker)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shards, recipe_ = data.Shards(experiment.data.shards), experiment.recipe(run_name)
+    images = {split: data.IndexedImages(shards, split) for split in ("train", "val")}
+    model = recipe.model(experiment.run(run_name), recipe_, num_classes=shards.num_classes, seed=0).to(device)
+    amp = experiment.train.amp if recipe_.mixed_precision else "off"
+    train_batches = timed(data.train_batches)
+    loop.fit(
+        loop.Training.start(
+            model, recipe_, amp=amp,
+            steps_per_epoch=data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size),
+        ),
+        recipe_,
+        train_batches=lambda epoch, start_step: train_batches(
+            images["train"], recipe_, experiment.data, seed=0, epoch=epoch, start_step=start_step, device=device
+        ),
+        val_batches=lambda: data.val_batches(
+            images["val"], recipe_, experiment.data, batch_size=recipe_.global_batch_size, device=device
+        ),
+        on_epoch=lambda training: None,
+        num_classes=shards.num_classes,
+        seed=0,
+        amp=amp,
+    )
+
+
+def taking_turns(way: str, place: str, began: float) -> Callable[[Any], Any]:
+    """Makes `train_batches` wait for this training's turn, and note how long each epoch took, start-up first."""
+    following, poll_s = dict(zip(WAYS, WAYS[1:] + WAYS[:1], strict=True))[way], POLL_S
+
+    def wrap(train_batches: Callable[..., Iterator[data.Batch]]) -> Callable[..., Iterator[data.Batch]]:
+        def in_turn(*args: Any, **kwargs: Any) -> Iterator[data.Batch]:
+            noted, turn = Path(place, way, "seconds"), Path(place, "turn")
+            if not noted.exists():
+                Path(place, way, "startup").write_text(f"{time.time() - began}")
+            while turn.read_text() != way:
+                time.sleep(poll_s)
+            started = time.perf_counter()
+            yield from train_batches(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            took = time.perf_counter() - started
+            with noted.open("a") as file:
+                file.write(f"{took}\n")
+            partial = turn.with_suffix(f".{way}")
+            partial.write_text(following)
+            partial.replace(turn)
+
+        return in_turn
+
+    return wrap
+
+
+def seconds(way: str) -> list[float]:
+    """Of each epoch's training so far."""
+    path = Path(way, "seconds")
+    return [float(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def wait(happened: Callable[[], bool], trainings: list[subprocess.Popen]) -> None:
+    while not happened():
+        if any(training.poll() for training in trainings):
+            sys.exit("one of the trainings failed")
+        time.sleep(0.2)
+
+
+def rays_own_cpu_s(trainings: list[subprocess.Popen]) -> float:
+    """CPU time so far of Ray's processes and of the drivers, without workers, plain loop and this process."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.pid != trainings[0].pid and "RayTrainWorker" not in " ".join(process.cmdline()):
+                times = process.cpu_times()
+                total += times.user + times.system
+        except psutil.Error:  # it has just ended
+            continue
+    return total
+
+
+def show(share: float) -> None:
+    experiment, took = config.load(ROOT / "params.yaml"), {way: seconds(way)[UNCOUNTED:] for way in WAYS}
+    size = experiment.recipe(parse().run).global_batch_size
+    images = len(data.IndexedImages(experiment.data.shards, "train")) // size * size
+    for way in WAYS:
+        print(f"{way:12} {images / statistics.median(took[way]):8.0f} images/s, "
+              f"start-up {float(Path(way, 'startup').read_text()):.1f} s")
+    for way, against in ((RAY, PLAIN), (CHECKPOINTS, RAY)):
+        ratios = [theirs / mine for mine, theirs in zip(took[way], took[against], strict=True)]
+        low, middle, high = (100 * (ratio - 1) for ratio in statistics.quantiles(ratios, n=4, method="inclusive"))
+        print(f"{way} against {against}: {middle:+.1f} % ({low:+.1f} to {high:+.1f}, {len(ratios)} pairs of epochs)")
+    print(f"Ray's own processes and the driver, of one training: {100 * share:.0f} % of a core")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", default="vit", help="of params.yaml, on the digits")
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--checkpoint-steps", type=int, default=10)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

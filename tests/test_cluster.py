@@ -1,0 +1,294 @@
+"""Clusters: independent runs side by side, jobs whose results last, two nodes; the files in deploy/."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import cluster, config, track
+from pipeline.config import ConfigError
+from stages import job, preset, seeds, train_all
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Stands in for a training: notes when it began and ended, takes a second, and ends orderly when told to.
+TRAINING = """
+import signal, sys, time
+from pathlib import Path
+
+def stop(number, frame):
+    Path(f"{sys.argv[1]}.stopped").touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+began = time.time()
+Path(f"{sys.argv[1]}.began").touch()
+time.sleep(30 if sys.argv[1].startswith("long") else 0.5)
+Path(f"{sys.argv[1]}.ended").write_text(f"{began} {time.time()}")
+sys.exit(3 if sys.argv[1] == "broken" else 0)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory in which `python -m stages.train` is TRAINING, under a cluster with room for two."""
+    monkeypatch.chdir(tmp_path)
+    Path("stages").mkdir()
+    Path("stages/__init__.py").touch()
+    Path("stages/train.py").write_text(TRAINING)
+    monkeypatch.setattr(cluster, "connect", lambda cpus: None)
+    monkeypatch.setattr(cluster, "room", lambda settings: 2)
+    monkeypatch.setattr(track, "make_experiment", lambda name: None)
+    return tmp_path
+
+
+def overlaps(names: list[str]) -> int:
+    """How many of these stand-ins were at work at once, at most."""
+    spans = [tuple(map(float, Path(f"{name}.ended").read_text().split())) for name in names]
+    return max(sum(began <= at < ended for began, ended in spans) for at, _ in spans)
+
+
+def test_runs_train_side_by_side_as_far_as_there_is_room(stand_in):
+    names = ["a", "b", "c", "d"]
+    assert train_all.train(names, config.load(ROOT / "params.yaml")) == dict.fromkeys(names, 0)
+    assert overlaps(names) == 2
+
+
+def test_one_run_starts_where_the_cluster_seems_to_have_no_room(stand_in, monkeypatch):
+    monkeypatch.setattr(cluster, "room", lambda settings: 0)
+    names = ["a", "b"]
+    assert train_all.train(names, config.load(ROOT / "params.yaml")) == dict.fromkeys(names, 0)
+    assert overlaps(names) == 1
+
+
+def test_a_run_that_fails_leaves_the_others_be(stand_in):
+    assert train_all.train(["broken", "a", "b"], config.load(ROOT / "params.yaml")) == {"broken": 3, "a": 0, "b": 0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_that_run_and_starts_nothing_more(stand_in, number):
+    program = f"""
+import sys
+from pipeline import cluster, config, track
+from stages import train_all
+
+cluster.connect, cluster.room, track.make_experiment = lambda cpus: None, lambda settings: 2, lambda name: None
+train_all.train(["long-a", "long-b", "c"], config.load({str(ROOT / "params.yaml")!r}))
+"""
+    Path("program.py").write_text(program)
+    # From elsewhere, so that its own `stages` is the true one and that of the trainings the stand-in.
+    process = subprocess.Popen([sys.executable, "-P", "program.py"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_for(lambda: Path("long-a.began").exists() and Path("long-b.began").exists(), 60)
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
+    assert Path("long-a.stopped").exists() and Path("long-b.stopped").exists()
+    assert not Path("c.began").exists()
+
+
+def wait_for(happened, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "train", "room"),
+    [
+        ([{"CPU": 2}], {}, 2),
+        ([{"CPU": 2}], {"workers": 3}, 0),
+        ([{"CPU": 3}, {"CPU": 3}], {"cpus_per_worker": 2}, 2),  # a worker does not lie across nodes
+        ([{"CPU": 96, "GPU": 8}] * 4, {"workers": 16, "cpus_per_worker": 8}, 2),
+        ([{"CPU": 96, "GPU": 8}] * 4, {"workers": [8, 32], "cpus_per_worker": 8}, 1),  # one that takes all there is
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 1}], {"cpus_per_worker": 4}, 1),  # a head without GPUs does not count
+        ([{"CPU": 64}, {"CPU": 8, "GPU": 1}], {"cpus_per_worker": 4, "gpu": False}, 18),
+    ],
+)
+def test_room_is_counted_in_whole_workers(nodes, train, room, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
+    settings = yaml.safe_load((ROOT / "params.yaml").read_text())["train"]
+    assert cluster.room(config.Train.model_validate({**settings, **train})) == room
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for path in ("params.yaml", "presets/imagenet.yaml"):
+        Path(path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, path)
+    return tmp_path
+
+
+def test_seeds_are_runs_more_and_asked_for_again_the_same(experiment):
+    before = Path("params.yaml").read_text()
+    names = seeds.run(["e-vit", "vit"], [0, 1, 2])
+    assert names == ["e-vit", "e-vit-seed1", "e-vit-seed2", "vit", "vit-seed1", "vit-seed2"]
+    loaded = config.load()
+    for name in names:
+        base = loaded.run(name.partition("-seed")[0])
+        assert loaded.run(name).model_copy(update={"seed": None}) == base
+    assert [loaded.seed_of(name) for name in names] == [0, 1, 2, 0, 1, 2]
+    after = Path("params.yaml").read_text()
+    assert seeds.run(["e-vit", "vit"], [0, 1, 2]) == names and Path("params.yaml").read_text() == after
+    assert seeds.without(after) == before  # comments and all
+
+
+def test_seeds_of_no_run_or_under_a_taken_name_are_refused(experiment):
+    with pytest.raises(ConfigError, match="RUNS=e-vit SEEDS="):
+        seeds.run([], [1])
+    with pytest.raises(ConfigError, match="no run named 'evit'"):
+        seeds.run(["evit"], [1])
+    seeds.run(["vit"], [1])
+    Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 1}", "seed: 4}"))
+    with pytest.raises(ConfigError, match="vit-seed1 is not vit with seed 1"):
+        seeds.run(["vit"], [1])
+
+
+def test_a_preset_named_again_keeps_its_seeds(experiment):
+    shutil.copy("presets/imagenet.yaml", "params.yaml")
+    seeds.run(["e-vit-s"], [1])
+    with_seed = Path("params.yaml").read_text()
+    preset.run("imagenet")
+    assert Path("params.yaml").read_text() == with_seed
+    preset.run("imagenet", "/elsewhere")  # nothing of one's own is lost by another source
+    assert config.load().data.source == "/elsewhere"
+
+
+def test_a_jobs_folder_takes_the_code_and_keeps_the_rest(tmp_path, root):
+    place = tmp_path / "study"
+    place.mkdir()
+    job.lay_out(root, place)
+    (place / "outputs").mkdir()
+    (place / "outputs" / "kept").touch()
+    (place / "flopeq" / "of_an_older_version.py").touch()
+    job.lay_out(root, place)
+    assert (place / "outputs" / "kept").exists()
+    assert not (place / "flopeq" / "of_an_older_version.py").exists()  # training's fingerprint would count it
+    assert (place / "stages" / "repro.py").read_bytes() == (root / "stages" / "repro.py").read_bytes()
+    command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
+    stages = subprocess.check_output(command, cwd=place, text=True)
+    assert "train@e-vit" in stages.split()
+
+
+def test_a_folder_has_one_job_at_a_time(tmp_path, root):
+    held = job._alone_in(tmp_path)
+    done = subprocess.run([sys.executable, "-m", "stages.job", str(tmp_path), "check"], cwd=root, text=True,
+                          capture_output=True)
+    os.close(held)
+    assert done.returncode == 2 and "another job is at work" in done.stderr
+
+
+def test_an_unknown_stage_is_named_before_a_job_touches_its_folder(tmp_path):
+    with pytest.raises(ConfigError, match="no stage named 'reproduce'; known: .*repro"):
+        job.run(str(tmp_path / "study"), "reproduce")
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[tuple[str, str]]:
+    """A Ray cluster of two nodes with a core each: its address, and that of its job API."""
+    from ray.cluster_utils import Cluster
+
+    port = free_port()
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": port,
+                        "dashboard_agent_listen_port": free_port()},
+    )
+    nodes.add_node(num_cpus=1, dashboard_agent_listen_port=free_port())
+    try:
+        wait_for(lambda: takes_jobs(f"http://127.0.0.1:{port}"), 60)
+        yield nodes.address, f"http://127.0.0.1:{port}"
+    finally:
+        nodes.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def takes_jobs(url: str) -> bool:
+    """The job API answers a while before it can start anything."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        JobSubmissionClient(url).submit_job(entrypoint="true")
+    except (RuntimeError, ConnectionError):
+        return False
+    return True
+
+
+def checkout(folder: Path, **settings) -> Path:
+    """What a user submits: the code, two short runs, and files that must stay at home."""
+    folder.mkdir()
+    for name in (*job.CODE, ".rayignore", ".gitignore"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["models"] = {name: params["models"][name] for name in ("vit", "e-vit")}
+    params["recipes"]["digits"] |= {"epochs": 2, "warmup_epochs": 1, "global_batch_size": 256}
+    params["train"] |= settings
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    return folder
+
+
+def spans(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Beginning and end of the MLflow runs in a folder, all of which finished."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
+    runs = track._client().search_runs([track._experiment_id(track._client(), "digits")])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    return sorted((run.info.start_time, run.info.end_time) for run in runs)
+
+
+@pytest.mark.slow
+def test_a_submitted_job_leaves_its_results_in_its_folder(two_nodes, tmp_path, monkeypatch):
+    home, place = checkout(tmp_path / "home"), tmp_path / "study"
+    (home / "data").mkdir()
+    (home / "data" / "photos.tar").write_bytes(os.urandom(101 << 20))  # more than Ray would upload
+    command = [sys.executable, "-m", "stages.job", str(place), "repro", "--runs", "vit", "e-vit"]
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ray"), "job", "submit", "--address", two_nodes[1], "--working-dir", ".", "--",
+         *command],
+        cwd=home, text=True, capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("vit", "e-vit"):
+        metrics = json.loads((place / "outputs" / name / "metrics.json").read_text())
+        assert metrics["val/top1_pct"] > 10
+        assert (place / "outputs" / name / "weights.safetensors").exists()
+    assert not (home / "outputs").exists()
+    first, second = spans(place, monkeypatch)
+    assert second[0] < first[1]  # side by side: there is a core for each
+
+    before = (place / "dvc.lock").read_bytes()
+    subprocess.run(command, cwd=home, check=True, capture_output=True)  # nothing is left to do
+    assert (place / "dvc.lock").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_runs_that_take_all_nodes_train_one_after_the_other(two_nodes, tmp_path, monkeypatch):
+    place = checkout(tmp_path / "study", workers=2)
+    monkeypatch.chdir(place)
+    for stage in ("prepare", "shard"):
+        subprocess.run([sys.executable, "-m", f"stages.{stage}"], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", "stages.train_all", "vit", "e-vit"], text=True, capture_output=True,
+                          env={**os.environ, "RAY_ADDRESS": two_nodes[0]})
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = spans(place, monkeypatch)
+    assert second[0] >= first[1]
