@@ -277,6 +277,15 @@ class Tuned(_Section):
     """A file with the mappings `recipe` and `args`, such as `sweeps/recipe/<run>/best.yaml`."""
 
 
+class Override(_Section):
+    """What an override file holds; a sweep writes it as `best.yaml`."""
+
+    recipe: dict[str, Any] = {}
+    """Field -> value, in place of the recipe's."""
+    args: dict[str, Any] = {}
+    """Argument of the model -> value, in place of the run's."""
+
+
 class Sweeps(_Section):
     recipe: RecipeSweep
     """Which recipe suits a model."""
@@ -365,6 +374,15 @@ def overridden(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         raise ConfigError("\n".join(_explain(error, Recipe))) from None
 
 
+def override_of(tuned: Tuned, folder: Path = Path()) -> Override:
+    """The content of its override file. Raises: ConfigError for a mistake in it."""
+    path = folder / tuned.override
+    try:
+        return Override.model_validate(yaml.safe_load(path.read_text()) or {})
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _explain(error, Override))) from None
+
+
 def _inconsistent(experiment: Experiment) -> list[str]:
     """What of the experiment names something that is not there."""
     sweeps, known, problems = experiment.sweeps, [*experiment.recipes, *experiment.sweeps.tuned], []
@@ -395,19 +413,16 @@ def _with_tuned(experiment: Experiment, folder: Path) -> Experiment:
     """The experiment with the recipes that sweeps have found so far, and what they change in the models."""
     recipes, models = dict(experiment.recipes), dict(experiment.models)
     for name, tuned in experiment.sweeps.tuned.items():
-        path = folder / tuned.override
-        if not path.is_file():
+        if not (folder / tuned.override).is_file():
             continue
-        override = yaml.safe_load(path.read_text()) or {}
-        if unknown := override.keys() - {"recipe", "args"}:
-            raise ConfigError(f"{path}: unknown: {', '.join(sorted(unknown))}; an override holds recipe and args")
+        override = override_of(tuned, folder)
         try:
-            recipes[name] = overridden(recipes[tuned.base], override.get("recipe") or {})
+            recipes[name] = overridden(recipes[tuned.base], override.recipe)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+            raise ConfigError(f"{tuned.override}: {error}") from None
         for run_name, run in models.items():
             if run.recipe == name:
-                models[run_name] = run.model_copy(update={"args": {**run.args, **(override.get("args") or {})}})
+                models[run_name] = run.model_copy(update={"args": {**run.args, **override.args}})
     return experiment.model_copy(update={"recipes": recipes, "models": models})
 
 

@@ -21,7 +21,7 @@ import jinja2
 
 from flopeq.paper import Table1Row, table1
 from flopeq.registry import describe
-from pipeline import figures
+from pipeline import figures, findings
 from pipeline.config import Experiment
 
 _MEASURED = (
@@ -37,6 +37,8 @@ _MEASURED = (
 _FURTHER = {"top1_pct": "top-1 %", "top5_pct": "top-5 %"}
 """Metrics of a further validation set."""
 _PAPER_IMAGE_SIZE = 224
+_SHAPELESS = ("num_flop_blocks", "head", "init_values", "ls_init_value")
+"""Arguments in which X and its E may differ."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def collect(
 
 
 def write(
-    experiment: Experiment, results: Sequence[Result], reports: Path = Path("reports")
+    experiment: Experiment, results: Sequence[Result], reports: Path = Path("reports"), sweeps: Path = Path("sweeps")
 ) -> tuple[Table, Path]:
     """Writes page, Markdown, figures and numbers into `reports`. Returns the table and the page's path."""
     table = tabulate(results)
@@ -149,9 +151,10 @@ def write(
         "summary": summarize(results),
         "notes": measured_how(experiment, results),
         "pictures": pictures,
+        "sweeps": (sections := findings.sections(sweeps)),
     }
     reports.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
+    for picture in (*pictures, *(picture for section in sections for picture in section.pictures)):
         (reports / f"{picture.name}.png").write_bytes(picture.png)
     page = reports / "index.html"
     page.write_text(_render("report.html", autoescape=True, **content), encoding="utf-8")
@@ -338,12 +341,20 @@ def _baseline(experiment: Experiment, name: str) -> str | None:
         theirs = describe(candidate.model)
         if theirs and (theirs.variant, theirs.family, theirs.size, _shape(candidate.args)) == wanted:
             same_seed = experiment.seed_of(other) == experiment.seed_of(name)
-            fits.append(((candidate.recipe == run.recipe) + same_seed, other))
+            fits.append((2 * _alike(experiment, run.recipe, candidate.recipe) + same_seed, other))
     return max(fits, key=lambda fit: fit[0])[1] if fits else None
 
 
+def _alike(experiment: Experiment, recipe: str, other: str) -> bool:
+    """Whether both are one recipe, or what sweeps made of one."""
+    tuned = experiment.sweeps.tuned
+    if recipe in tuned and other in tuned:
+        return tuned[recipe].base == tuned[other].base
+    return recipe == other
+
+
 def _shape(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in args.items() if key not in ("num_flop_blocks", "head")}
+    return {key: value for key, value in args.items() if key not in _SHAPELESS}
 
 
 def _compare(result: Result, baseline: Result | None) -> Result:

@@ -139,10 +139,6 @@ class Suggestions:
             ))
 
 
-IMPORTANCE = "fANOVA"
-"""Whose measure of importance `importances` is."""
-
-
 def importances(space: Mapping[str, Range], reached: Sequence[tuple[Point, float]]) -> dict[str, float]:
     """Each field's share in the variance of top-1 by Optuna's fANOVA, largest first; empty where it finds none."""
     suggested = Suggestions(space, "random", 0)

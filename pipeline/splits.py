@@ -21,7 +21,7 @@ from flopeq.variants import baseline_of
 from pipeline import pareto, sweep
 from pipeline.config import ConfigError, Experiment, Run
 from pipeline.trial import STATES, Outcome, Spec
-from pipeline.tuning import spread, write_trials
+from pipeline.tuning import write_trials
 
 FOLDER = Path("sweeps/hybrid")
 
@@ -99,20 +99,6 @@ def finding(rows: Sequence[Mapping[str, Any]], flop_budget: float) -> dict[str, 
         "above": [row["k"] for row in reached if best and pareto.beyond_spread(row["top1"], best["top1"])],
         "front": [row["k"] for row in rows if row["on_front"]],
     }
-
-
-def said(found: Mapping[str, Any]) -> str:
-    """A family's finding as a sentence."""
-    best = found["best"]
-    if best is None:
-        return f"no split within {found['flop_budget']:.0%} of X's FLOPs was trained to its end"
-    what = (f"within {found['flop_budget']:.0%} of X's FLOPs the best split is k = {best['k']}, at top-1 "
-            f"{spread(best['top1'])} and {best['flop_fraction']:.0%} of the FLOPs")
-    alike = f"; not told apart from k = {', '.join(map(str, found['alike']))} by the spread over seeds" * bool(
-        found["alike"])
-    above = f"; beyond the spread, k = {', '.join(map(str, found['above']))} reach more for more FLOPs" * bool(
-        found["above"])
-    return what + alike + above
 
 
 def _specs(stage: sweep.Stage, run_name: str, splits: Sequence[int]) -> list[Spec]:

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pipeline.figures import STYLE, Picture, picture
-from pipeline.space import IMPORTANCE
 
+IMPORTANCE = "fANOVA"
+"""Whose measure of importance it is."""
 _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 
 

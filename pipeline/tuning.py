@@ -213,35 +213,5 @@ def write_trials(path: Path, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
                             f"{outcome.seconds:.1f}", int(spec.confirms), *values, outcome.message or ""])
 
 
-def said(finding: Mapping[str, Any]) -> str:
-    """A run's finding as a sentence, which also says when it is none."""
-    best, own = finding["best"], finding["own"]
-    if best is None:
-        return "no trial was trained to its end"
-    if best["is_own"]:
-        return f"nothing better than its own recipe, at top-1 {best['top1_pct']:.1f}%"
-    search = f"top-1 {best['top1_pct']:.1f}%" + (
-        "" if own["top1_pct"] is None else f" against {own['top1_pct']:.1f}% for its own recipe"
-    )
-    confirmed = finding["confirmed"]
-    pairs = [[value for value in confirmed[side] if value is not None] for side in ("best", "start")]
-    if not all(pairs):
-        return f"{search}, not confirmed under further seeds"
-    ranges = [spread(values) for values in pairs]
-    seeds = f"under {len(confirmed['seeds'])} further seed{'s' if len(confirmed['seeds']) > 1 else ''}"
-    verdict = (
-        "a gain beyond the spread over seeds" if finding["beyond_spread"]
-        else "worse" if pareto.beyond_spread(pairs[1], pairs[0])
-        else "nothing beyond the spread over seeds"
-    )
-    return f"{search} in the search; {seeds} {ranges[0]} against {ranges[1]}: {verdict}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """The range of some top-1 in words."""
-    low, high = min(values), max(values)
-    return f"{low:.1f}%" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}%"
-
-
 def _listed(values: Sequence[float | None]) -> str:
     return ", ".join("-" if value is None else f"{value:.2f}" for value in values) + " %"

@@ -11,13 +11,13 @@ from stages import main
 def run() -> None:
     experiment = config.load()
     settings = experiment.sweeps.recipe
-    from pipeline import cluster
+    from pipeline import cluster, findings
 
     cluster.connect(cpus=settings.workers * (settings.cpus_per_worker + experiment.train.loader_workers))
     from pipeline import tuning  # imports Ray, which `connect` wants to do first
 
     for name, found in tuning.sweep_recipe(experiment).items():
-        logging.info("%s: %s", name, tuning.said(found))
+        logging.info("%s: %s", name, findings.tuned(found))
 
 
 if __name__ == "__main__":
