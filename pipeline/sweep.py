@@ -27,6 +27,7 @@ from flopeq.build import build
 from flopeq.flops import complexity
 from flopeq.variants import baseline_of
 from pipeline import cluster, data, proxy, train, trial
+from pipeline import recipe as recipes
 from pipeline.board import Board
 from pipeline.config import Asha, Experiment, HybridSweep, Recipe, RecipeSweep, Run
 from pipeline.plan import STEP_OVER_FORWARD
@@ -69,9 +70,11 @@ class Stage:
             experiment = experiment.model_copy(
                 update={"data": experiment.data.model_copy(update={"image_size": side})}
             )
+        recipe = shortened(recipe, settings.epochs)
+        recipes.check(recipe, experiment.data, experiment.train.model_copy(update={"workers": settings.workers}))
         experiment = experiment.model_copy(update={
             "models": {plan: run.model_copy(update={"recipe": "trial", "seed": seed})},
-            "recipes": {"trial": shortened(recipe, settings.epochs)},
+            "recipes": {"trial": recipe},
             "train": experiment.train.model_copy(
                 update={"workers": settings.workers, "cpus_per_worker": settings.cpus_per_worker, "keep_checkpoints": 1}
             ),
@@ -122,14 +125,12 @@ def gpu_hours(spec: Spec) -> float | None:
 
 
 def shortened(recipe: Recipe, epochs: int | None) -> Recipe:
-    """The recipe in so many epochs, with warm-up and cooldown in proportion; None: as it is."""
+    """The recipe in so many epochs, with warm-up and cooldown in proportion, if any; None: as it is."""
     if epochs is None:
         return recipe
-    share = epochs / recipe.epochs
-    changes = {"epochs": epochs, **{
-        field: round(getattr(recipe, field) * share) for field in ("warmup_epochs", "cooldown_epochs")
-    }}
-    return recipe.model_copy(update=changes)
+    spans = {field: getattr(recipe, field) for field in ("warmup_epochs", "cooldown_epochs")}
+    shorter = {field: max(1, round(span * epochs / recipe.epochs)) for field, span in spans.items() if span}
+    return recipe.model_copy(update={"epochs": epochs, **shorter})
 
 
 def run(

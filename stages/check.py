@@ -18,19 +18,26 @@ def run() -> None:
         cluster.probe(address)
 
     from flopeq.build import ModelError
-    from pipeline import further, recipe
+    from pipeline import further, recipe, space, splits
 
     further.check(experiment.data)
-    for name, run in experiment.models.items():
+    found = {name: run for name, run in experiment.models.items() if run.recipe in experiment.recipes}
+    for name, run in found.items():  # the others' recipes, a sweep has yet to find
         try:
             recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
         except ModelError as error:
             raise ConfigError(f"params.yaml: models.{name}: {error}") from None
-    for name in sorted({run.recipe for run in experiment.models.values()}):
+    for name in sorted({run.recipe for run in found.values()}):
         try:
             recipe.check(experiment.recipes[name], experiment.data, experiment.train)
         except ConfigError as error:
             raise ConfigError(f"params.yaml: recipes.{name}: {error}") from None
+    try:
+        space.check(experiment)
+        for name in experiment.sweeps.hybrid.runs:
+            splits.splits_of(experiment, name)
+    except ConfigError as error:
+        raise ConfigError(f"params.yaml: {error}") from None
 
 
 if __name__ == "__main__":
