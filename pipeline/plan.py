@@ -54,7 +54,8 @@ def plan(experiment: Experiment, *, img_per_s: float | None = None) -> Iterator[
     size = (3, experiment.data.image_size, experiment.data.image_size)
     forward = {(row.model, row.params_m): row.throughput_a100_im_s for row in flopeq.table1()}
     for name, run in experiment.models.items():
-        recipe = experiment.recipe(name)
+        tuned = experiment.sweeps.tuned.get(run.recipe)  # costs what its base costs
+        recipe = experiment.recipes[tuned.base] if tuned else experiment.recipe(name)
         counted = complexity(build(run.model, device="meta", num_classes=num_classes, **run.args), size)
         steps = recipe.epochs * (num_images // recipe.global_batch_size)
         paper = forward.get((run.model, round(counted.params / 1e6, 1)), 0)  # arguments may have made another size

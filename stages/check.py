@@ -18,7 +18,7 @@ def run() -> None:
         cluster.probe(address)
 
     from flopeq.build import ModelError
-    from pipeline import further, recipe, space, splits
+    from pipeline import further, hybrids, recipe, space
 
     further.check(experiment.data)
     found = {name: run for name, run in experiment.models.items() if run.recipe in experiment.recipes}
@@ -35,7 +35,7 @@ def run() -> None:
     try:
         space.check(experiment)
         for name in experiment.sweeps.hybrid.runs:
-            splits.splits_of(experiment, name)
+            hybrids.splits_of(experiment, name)
     except ConfigError as error:
         raise ConfigError(f"params.yaml: {error}") from None
 

@@ -27,6 +27,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["models"] = {"vit": params["models"]["vit"]}
+    params["sweeps"]["recipe"] |= {"runs": [], "own_space": {}}
+    params["sweeps"]["hybrid"] |= {"runs": []}
     params["recipes"]["digits"] |= {"epochs": 6, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= {"cpus_per_worker": 1}
     write(params)
