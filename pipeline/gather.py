@@ -8,6 +8,7 @@ the order in which it lies there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import tarfile
@@ -116,7 +117,8 @@ class Reader:
         step = -(-len(sorted_places) // _THREADS)
         files = {place.file for place in places}
         if len(files) == 1:
-            _will_need(self.root / files.pop(), sorted_places)
+            with contextlib.suppress(OSError):  # reading will tell
+                _will_need(self.root / files.pop(), sorted_places)
             return
         for start in range(0, len(sorted_places), step):
             self._threads.submit(_will_need_files, self.root, sorted_places[start : start + step])
