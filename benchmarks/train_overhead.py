@@ -52,12 +52,16 @@ def main() -> None:
         with cluster.local(cpus=len(WAYS)):
             started = time.time()
             trainings = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--way", way]) for way in WAYS]
-            wait(lambda: all(len(seconds(way)) > UNCOUNTED for way in WAYS), trainings)
-            began, before = time.monotonic(), rays_own_cpu_s(trainings)
-            wait(lambda: any(training.poll() is not None for training in trainings), trainings)
-            share = (rays_own_cpu_s(trainings) - before) / (time.monotonic() - began) / (len(WAYS) - 1)
-            for training in trainings:
-                training.wait()
+            try:
+                wait(lambda: all(len(seconds(way)) > UNCOUNTED for way in WAYS), trainings)
+                began, before = time.monotonic(), rays_own_cpu_s(trainings)
+                wait(lambda: any(training.poll() is not None for training in trainings), trainings)
+                share = (rays_own_cpu_s(trainings) - before) / (time.monotonic() - began) / (len(WAYS) - 1)
+                for training in trainings:
+                    training.wait()
+            finally:
+                for training in trainings:
+                    training.kill()
         show(args, started, share)
 
 
