@@ -35,7 +35,7 @@ ray_on() { # <srun's choice of nodes> <ray start's arguments>
   local nodes=$1; shift
   # shellcheck disable=SC2086  # several words
   srun --overlap $nodes ray start "$@" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" \
-    ${SLURM_GPUS_ON_NODE:+--num-gpus="$SLURM_GPUS_ON_NODE"} --block >"ray-$SLURM_JOB_ID.log" 2>&1 &
+    ${SLURM_GPUS_ON_NODE:+--num-gpus="$SLURM_GPUS_ON_NODE"} --block >>"ray-$SLURM_JOB_ID.log" 2>&1 &
   rays+=($!)
 }
 rays=() stage=
