@@ -269,6 +269,8 @@ def test_a_submitted_job_leaves_its_results_in_its_folder(two_nodes, tmp_path, m
         cwd=home, text=True, capture_output=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Running stage 'evaluate@vit'" in done.stdout
+    assert "Running stage 'train@" not in done.stdout  # DVC took them over as they were
     for name in ("vit", "e-vit"):
         metrics = json.loads((place / "outputs" / name / "metrics.json").read_text())
         assert metrics["val/top1_pct"] > 10
