@@ -199,8 +199,9 @@ def disturbed(disturb: Callable[[int], None]) -> Iterator[None]:
         raise
 
 
-def reached() -> int:
-    until(Path("reached").exists)
+def reached(driver: subprocess.Popen[str] | None = None) -> int:
+    until(lambda: Path("reached").exists() or (driver and driver.poll() is not None))
+    assert Path("reached").exists(), driver and end(driver)
     return int(Path("reached").read_text())
 
 
@@ -318,7 +319,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster,
     prepare_trial(**wait)
     alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with start("trial", "vit", env=alone) as driver:  # with a cluster of its own
-        reached()
+        reached(driver)
         [process] = [process for process in psutil.Process().children() if process.pid == driver.pid]
         started = process.children(recursive=True)
         assert len(started) > 3
@@ -379,7 +380,7 @@ def test_a_training_asked_to_stop_leaves_a_checkpoint_of_its_very_step(cluster, 
     second(cluster, 1)
     prepare_trial(workers=2, **wait)
     with start("trial", "vit") as driver:
-        reached()
+        reached(driver)
         driver.send_signal(signal.SIGTERM)
         until(lambda: list(Path("outputs/vit").rglob("stop")))
         time.sleep(2)  # rank 0 looks once a second
@@ -448,8 +449,9 @@ def test_checkpoints_at_s3_survive_a_killed_worker_too(cluster, s3, undisturbed,
 
 
 @pytest.fixture
-def project(place: Path) -> Path:
+def project(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The place with what DVC runs, where the stage `train` is a trial's."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # stages say `python`
     for name in ("flopeq", "pipeline", "stages", "dvc.yaml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, place / name)
@@ -463,7 +465,7 @@ def test_the_whole_pipeline_stopped_by_sigterm_and_then_by_ctrl_c_goes_on_where_
     first, then = sorted(random.Random("dvc").sample(range(EVERY + 1, EPOCHS * PER_EPOCH - 4, 4), 2))
     prepare_trial(rank=0, step=first)
     with start("stages.repro") as repro:
-        reached()
+        reached(repro)
         trained = next(path for path in Path().glob("outputs/vit/checkpoints/*") if path.is_dir())
         repro.send_signal(signal.SIGTERM)
         until((trained / "stop").exists)
@@ -479,7 +481,7 @@ def test_the_whole_pipeline_stopped_by_sigterm_and_then_by_ctrl_c_goes_on_where_
     prepare_trial(rank=0, step=then)
     repeat = ("dvc", "repro", "--single-item", "train@vit")
     with start(*repeat, start_new_session=True) as dvc:
-        reached()
+        reached(dvc)
         since = time.monotonic()
         os.killpg(dvc.pid, signal.SIGINT)  # as a terminal sends it
         told = end(dvc)
