@@ -17,7 +17,8 @@ repro: $(STAMP)  ## train, measure and compare every model of params.yaml, or of
 	  $(IN_VENV) python -m stages.repro $(PRESET) $(if $(SOURCE),"$(SOURCE)") \
 	  $(if $(RUNS),--runs $(RUNS)) $(if $(SEEDS),--seeds $(SEEDS))
 
-plan: $(STAMP)  ## what every run would take, with nothing started; IMG_PER_S: training throughput of one GPU
+plan: $(STAMP)  ## what every run would take, with nothing started; IMG_PER_S: training throughput of one GPU; PRESET as above
+	@$(if $(PRESET),$(IN_VENV) python -m stages.preset $(PRESET) $(if $(SOURCE),"$(SOURCE)"))
 	@$(IN_VENV) python -m stages.plan $(IMG_PER_S)
 
 verify: $(STAMP)  ## every byte of the shards against their manifest

@@ -1,12 +1,12 @@
 """What Ray Train and checkpoints cost: images per second of training through them, over a plain loop's.
 
-    python benchmarks/train_overhead.py --run vit --epochs 30 --checkpoint-steps 10
+    python benchmarks/train_overhead.py --run vit --epochs 30 --steps 20
 
-trains one run of params.yaml, on the digits, in three processes that take turns, an epoch each, so that a machine that
-slows down slows all alike. `plain` is pipeline/loop.fit over the same batches without Ray, MLflow and files; `ray` is
-the way of stages/train.py with one worker; `checkpoints` is that with a checkpoint every so many steps. The first two
-epochs do not count, validation is not timed, start-up is told apart. What Ray's own processes do beside the workers
-slows all three where cores are few: it is told as a share of one core.
+trains one run of params.yaml, on the digits, in three processes that take turns of so many steps, so that a machine
+that slows down slows all alike. `plain` is pipeline/loop.fit over the same batches without Ray, MLflow and files; `ray`
+is the way of stages/train.py with one worker; `checkpoints` is that with a checkpoint in the middle of every turn. The
+first turns do not count, validation is not timed, start-up is told apart. What Ray's own processes do beside the
+workers slows all three where cores are few: it is told as a share of one core.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stages import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RAY, CHECKPOINTS = WAYS = ("plain", "ray", "checkpoints")
-UNCOUNTED = 2  # epochs
+UNCOUNTED = 4  # turns
 POLL_S = 0.002
 
 
@@ -39,7 +39,8 @@ def main() -> None:
     if args.way:
         train(args)
         return
-    os.environ["PYTHONPATH"] = str(ROOT)
+    # Ray gives its workers a low priority (nice 15), so that beside other programs they would be slower than `plain`.
+    os.environ |= {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         source = config.load(ROOT / "params.yaml").data
@@ -50,27 +51,33 @@ def main() -> None:
             Path(way, "data").symlink_to(Path("data").absolute())
         Path("turn").write_text(PLAIN)
         with cluster.local(cpus=len(WAYS)):
+            started = time.time()
             trainings = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--way", way]) for way in WAYS]
-            wait(lambda: all(len(seconds(way)) > UNCOUNTED for way in WAYS), trainings)
-            began, before = time.monotonic(), rays_own_cpu_s(trainings)
-            wait(lambda: any(len(seconds(way)) == args.epochs for way in WAYS), trainings)
-            share = (rays_own_cpu_s(trainings) - before) / (time.monotonic() - began) / (len(WAYS) - 1)
-            for training in trainings:
-                training.wait()
-        show(share)
+            try:
+                wait(lambda: all(len(seconds(way)) > UNCOUNTED for way in WAYS), trainings)
+                began, before = time.monotonic(), rays_own_cpu_s(trainings)
+                wait(lambda: any(training.poll() is not None for training in trainings), trainings)
+                after = rays_own_cpu_s(trainings)
+                own = sum(after[pid] - before[pid] for pid in before.keys() & after.keys())
+                share = own / (time.monotonic() - began) / (len(WAYS) - 1)
+                for training in trainings:
+                    training.wait()
+            finally:
+                for training in trainings:
+                    training.kill()
+        show(args, started, share)
 
 
 def train(args: argparse.Namespace) -> None:
     """One of the three, in its own folder."""
-    began = time.time()
     os.chdir(args.way)
     experiment = config.load(ROOT / "params.yaml")
     name = experiment.run(args.run).recipe
     short = experiment.recipes[name].model_copy(update={"epochs": args.epochs, "warmup_epochs": 1})
-    steps = args.checkpoint_steps if args.way == CHECKPOINTS else None
+    steps = args.steps if args.way == CHECKPOINTS else None
     settings = experiment.train.model_copy(update={"workers": 1, "loader_workers": 0, "checkpoint_steps": steps})
     experiment = experiment.model_copy(update={"recipes": {**experiment.recipes, name: short}, "train": settings})
-    timed = taking_turns(args.way, str(Path.cwd().parent), began)
+    timed = taking_turns(args.way, str(Path.cwd().parent), steps=args.steps, epochs=args.epochs)
     if args.way == PLAIN:
         plain(experiment, args.run, timed)
         return
@@ -112,35 +119,55 @@ def plain(experiment: config.Experiment, run_name: str, timed: Callable[[Any], A
     )
 
 
-def taking_turns(way: str, place: str, began: float) -> Callable[[Any], Any]:
-    """Makes `train_batches` wait for this training's turn, and note how long each epoch took, start-up first."""
+def taking_turns(way: str, place: str, *, steps: int, epochs: int) -> Callable[[Any], Any]:
+    """Makes `train_batches` wait for this training's turns of so many steps, and note how long each took."""
     following, poll_s = dict(zip(WAYS, WAYS[1:] + WAYS[:1], strict=True))[way], POLL_S
+    noted, turn = Path(place, way, "seconds"), Path(place, "turn")
+    done, took = 0, 0.0  # steps in all, and seconds of this turn
 
     def wrap(train_batches: Callable[..., Iterator[data.Batch]]) -> Callable[..., Iterator[data.Batch]]:
         def in_turn(*args: Any, **kwargs: Any) -> Iterator[data.Batch]:
-            noted, turn = Path(place, way, "seconds"), Path(place, "turn")
-            if not noted.exists():
-                Path(place, way, "startup").write_text(f"{time.time() - began}")
-            while turn.read_text() != way:
-                time.sleep(poll_s)
-            started = time.perf_counter()
-            yield from train_batches(*args, **kwargs)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            took = time.perf_counter() - started
-            with noted.open("a") as file:
-                file.write(f"{took}\n")
-            partial = turn.with_suffix(f".{way}")
-            partial.write_text(following)
-            partial.replace(turn)
+            nonlocal done, took
+            if not done:
+                Path(place, way, "startup").write_text(f"{time.time()}")
+            started = wait_for_turn()
+            for batch in train_batches(*args, **kwargs):
+                yield batch
+                done += 1
+                if done % steps == steps // 2:
+                    note(took + now() - started)
+                    pass_on()
+                    took, started = 0.0, wait_for_turn()
+            took += now() - started
+            if kwargs["epoch"] == epochs - 1:
+                pass_on()
 
         return in_turn
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wait_for_turn() -> float:
+        while turn.read_text() != way:
+            time.sleep(poll_s)
+        return now()
+
+    def note(seconds: float) -> None:
+        with noted.open("a") as file:
+            file.write(f"{seconds}\n")
+
+    def pass_on() -> None:
+        partial = turn.with_suffix(f".{way}")
+        partial.write_text(following)
+        partial.replace(turn)
 
     return wrap
 
 
 def seconds(way: str) -> list[float]:
-    """Of each epoch's training so far."""
+    """Of each turn so far."""
     path = Path(way, "seconds")
     return [float(line) for line in path.read_text().split()] if path.exists() else []
 
@@ -152,30 +179,32 @@ def wait(happened: Callable[[], bool], trainings: list[subprocess.Popen]) -> Non
         time.sleep(0.2)
 
 
-def rays_own_cpu_s(trainings: list[subprocess.Popen]) -> float:
-    """CPU time so far of Ray's processes and of the drivers, without workers, plain loop and this process."""
-    total = 0.0
+def rays_own_cpu_s(trainings: list[subprocess.Popen]) -> dict[int, float]:
+    """CPU time so far of each of Ray's processes and of the drivers; not of workers and the plain loop."""
+    found = {}
     for process in psutil.Process().children(recursive=True):
         try:
             if process.pid != trainings[0].pid and "RayTrainWorker" not in " ".join(process.cmdline()):
-                times = process.cpu_times()
-                total += times.user + times.system
+                found[process.pid] = sum(process.cpu_times()[:2])
         except psutil.Error:  # it has just ended
             continue
-    return total
+    return found
 
 
-def show(share: float) -> None:
-    experiment, took = config.load(ROOT / "params.yaml"), {way: seconds(way)[UNCOUNTED:] for way in WAYS}
-    size = experiment.recipe(parse().run).global_batch_size
-    images = len(data.IndexedImages(experiment.data.shards, "train")) // size * size
+def show(args: argparse.Namespace, started: float, share: float) -> None:
+    experiment = config.load(ROOT / "params.yaml")
+    images = args.steps * experiment.recipe(args.run).global_batch_size
+    turns = min(len(seconds(way)) for way in WAYS)
+    took = {way: seconds(way)[UNCOUNTED:turns] for way in WAYS}
     for way in WAYS:
         print(f"{way:12} {images / statistics.median(took[way]):8.0f} images/s, "
-              f"start-up {float(Path(way, 'startup').read_text()):.1f} s")
+              f"first batch after {float(Path(way, 'startup').read_text()) - started:.0f} s")
     for way, against in ((RAY, PLAIN), (CHECKPOINTS, RAY)):
         ratios = [theirs / mine for mine, theirs in zip(took[way], took[against], strict=True)]
         low, middle, high = (100 * (ratio - 1) for ratio in statistics.quantiles(ratios, n=4, method="inclusive"))
-        print(f"{way} against {against}: {middle:+.1f} % ({low:+.1f} to {high:+.1f}, {len(ratios)} pairs of epochs)")
+        all_of = 100 * (sum(took[against]) / sum(took[way]) - 1)
+        print(f"{way} against {against}: {middle:+.1f} % (median of {len(ratios)} pairs of turns; quartiles {low:+.1f} "
+              f"and {high:+.1f}; all turns together {all_of:+.1f})")
     print(f"Ray's own processes and the driver, of one training: {100 * share:.0f} % of a core")
 
 
@@ -183,7 +212,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="vit", help="of params.yaml, on the digits")
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--checkpoint-steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=20, help="of a turn, and between checkpoints")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

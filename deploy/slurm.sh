@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A study under SLURM, from a clone on a disk that all nodes have: docs/cluster.md says how it is used.
 #
-#   make plan                                # installs .venv, on a node with access to the network
-#   sbatch deploy/slurm.sh                   # all that params.yaml asks for
+#   make plan PRESET=imagenet SOURCE=/data/imagenet    # installs .venv, on a node with access to the network
+#   sbatch deploy/slurm.sh                             # all that params.yaml asks for
 #   sbatch deploy/slurm.sh repro --runs e-vit-h
 #
 # Before the time is over, and when it is preempted, the job checkpoints, and goes into the queue again.
@@ -35,7 +35,7 @@ ray_on() { # <srun's choice of nodes> <ray start's arguments>
   local nodes=$1; shift
   # shellcheck disable=SC2086  # several words
   srun --overlap $nodes ray start "$@" --num-cpus="${SLURM_CPUS_PER_TASK:-1}" \
-    ${SLURM_GPUS_ON_NODE:+--num-gpus="$SLURM_GPUS_ON_NODE"} --block >"ray-$SLURM_JOB_ID.log" 2>&1 &
+    ${SLURM_GPUS_ON_NODE:+--num-gpus="$SLURM_GPUS_ON_NODE"} --block >>"ray-$SLURM_JOB_ID.log" 2>&1 &
   rays+=($!)
 }
 rays=() stage=

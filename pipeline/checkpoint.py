@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pyarrow.fs
 import torch
@@ -98,7 +98,7 @@ class Checkpoints:
         self._files.create_dir(folder, recursive=True)
         listed = {}
         with _Summed(self._files, f"{folder}/{_STATE}") as file:
-            torch.save(state, file)
+            torch.save(state, cast(IO[bytes], file))
         listed[_STATE] = file.entry
         for key, weights in best.items():
             with _Summed(self._files, f"{folder}/{key}.safetensors") as file:

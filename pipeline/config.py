@@ -118,10 +118,10 @@ class Recipe(_Section):
     cutmix_alpha: Annotated[float, Field(ge=0)]
     """Parameter of cutmix's beta distribution; 0: off."""
     mixup_group: Positive
-    """Images that mixup and cutmix pair among themselves, in one way drawn for the group: what a GPU's batch is in timm.
+    """Images that mixup and cutmix pair among themselves, in one way drawn for the group: in timm a GPU's batch.
     A worker takes whole groups at once. Without mixing it is the least that a worker takes at once."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
-    """Decay of the moving average of the weights, which is then what is validated and kept; None: off."""
+    """Decay of a moving average of the weights, validated and kept beside them; None: off."""
     repeated_augmentation: Positive
     """Differently augmented copies of an image in an epoch, whose length stays the same; 1: off."""
     test_crop_ratio: Annotated[float, Field(gt=0, le=1)]

@@ -8,6 +8,7 @@ the order in which it lies there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import tarfile
@@ -116,7 +117,8 @@ class Reader:
         step = -(-len(sorted_places) // _THREADS)
         files = {place.file for place in places}
         if len(files) == 1:
-            self._threads.submit(_will_need, self.root / files.pop(), sorted_places)
+            with contextlib.suppress(OSError):  # reading will tell
+                _will_need(self.root / files.pop(), sorted_places)
             return
         for start in range(0, len(sorted_places), step):
             self._threads.submit(_will_need_files, self.root, sorted_places[start : start + step])
@@ -170,7 +172,7 @@ class Tar:
         """
         size = len(content)
         self._header.name, self._header.size = name, size
-        header = self._header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+        header = self._header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")  # 15 us: half of what an image takes
         if not isinstance(content, memoryview):
             self.room(size)[:] = content
         start = self._used + tarfile.BLOCKSIZE

@@ -66,11 +66,11 @@ def check(recipe: Recipe, data: Data, train: Train) -> None:
                           f"has work for at most {batch // group}")
     if train.batch_per_worker != "auto" and train.batch_per_worker % group:
         fitting = [group * count for count in (1, 2, 4, 8) if group * count <= batch]
-        raise ConfigError(f"train.batch_per_worker {train.batch_per_worker} is no whole number of groups of mixup_group "
-                          f"{group}: take {', '.join(map(str, fitting))} or auto")
+        raise ConfigError(f"train.batch_per_worker {train.batch_per_worker} is no whole number of groups of "
+                          f"mixup_group {group}: take {', '.join(map(str, fitting))} or auto")
     if recipe.warmup_epochs + recipe.cooldown_epochs >= recipe.epochs:
-        raise ConfigError(f"warmup_epochs {recipe.warmup_epochs} and cooldown_epochs {recipe.cooldown_epochs} leave none "
-                          f"of the {recipe.epochs} epochs for the decay between them")
+        raise ConfigError(f"warmup_epochs {recipe.warmup_epochs} and cooldown_epochs {recipe.cooldown_epochs} leave "
+                          f"none of the {recipe.epochs} epochs for the decay between them")
     augment.train_transform(recipe, data)
     loss(recipe)
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import cluster, jpeg
@@ -37,6 +38,7 @@ from pipeline.gather import Place, Reader, Tar, tar_size
 from pipeline.progress import progress
 from pipeline.sources import ExistingShards, Listing, SourceError, detect
 from pipeline.store import ShardError
+from pipeline.tarsum import quick_headers
 
 SPLITS = ("train", "val")
 INDEX = pa.schema([
@@ -58,6 +60,8 @@ Entry = dict[str, Any]
 """`size` in bytes and `xxh3` (pipeline.checksum) of a file."""
 Finding = tuple[str, str, str]
 """Name of an image, what is odd about it, and what was done."""
+Row = tuple[str, int, int, int]
+"""Key, offset, size and label of an image: INDEX without the shard's name."""
 
 
 @dataclass(frozen=True)
@@ -274,14 +278,9 @@ class Plan:
 
 def _keys(names: pa.ChunkedArray) -> pa.Array:
     """The key of each image: its name without suffix; further dots become _, as WebDataset ends a key at the first."""
-    chunks = []
-    for start in range(0, len(names), _CHUNK):
-        keys = []
-        for name in names.slice(start, _CHUNK).to_pylist():
-            folder, _, file = name.rpartition("/")
-            keys.append(f"{folder}/{os.path.splitext(file)[0].replace('.', '_')}")
-        chunks.append(pa.array(keys, pa.string()))
-    keys = pa.chunked_array(chunks, pa.string()).combine_chunks()
+    keys = _replaced(names, r"\.[^./]*$", "").combine_chunks()
+    while (undotted := _replaced(keys, r"\.([^./]*)$", r"_\1")) != keys:  # the last dot of a file's name
+        keys = undotted
     if len(keys.unique()) < len(keys):
         key, _ = Counter(keys.to_pylist()).most_common(1)[0]
         first, second, *_ = (name for name, of in zip(names.to_pylist(), keys.to_pylist(), strict=True) if of == key)
@@ -289,16 +288,18 @@ def _keys(names: pa.ChunkedArray) -> pa.Array:
     return keys
 
 
+def _replaced(words: Any, pattern: str, by: str) -> Any:
+    return pc.call_function("replace_substring_regex", [words], pc.ReplaceSubstringOptions(pattern, by))
+
+
 def _hashed_order(names: pa.ChunkedArray, seed: int) -> np.ndarray:
     """(num,) int64: the rows in the order of a seeded hash of their names, which are sorted."""
-    hashes = np.empty(len(names), np.uint64)
-    prefix = hashlib.blake2b(f"{seed}/".encode(), digest_size=8)
+    prefix, hashes = f"{seed}/".encode(), []
     for start in range(0, len(names), _CHUNK):
-        for row, name in enumerate(names.slice(start, _CHUNK).to_pylist(), start):
-            digest = prefix.copy()
-            digest.update(name.encode())
-            hashes[row] = int.from_bytes(digest.digest())
-    return np.argsort(hashes, kind="stable")
+        chunk = names.slice(start, _CHUNK).to_pylist()
+        digests = b"".join(hashlib.blake2b(prefix + name.encode(), digest_size=8).digest() for name in chunk)
+        hashes.append(np.frombuffer(digests, ">u8"))
+    return np.argsort(np.concatenate(hashes), kind="stable")
 
 
 def _clear(out: Path, plan: Plan) -> None:
@@ -358,7 +359,7 @@ def _write_shard(task: Task) -> Receipt:
     receipt_path.unlink(missing_ok=True)
     partial = _partial(path)
     try:
-        with Tar(partial) as tar, Reader(task.root) as reader:
+        with quick_headers(), Tar(partial) as tar, Reader(task.root) as reader:
             rows, findings, bad = _gather(task, reader, tar)
             digest = tar.finish()
         receipt = Receipt(task.shard, task.identity(), {"size": tar.size, "xxh3": digest}, len(rows), task.num_bytes(),
@@ -370,15 +371,16 @@ def _write_shard(task: Task) -> Receipt:
         raise ShardError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
-    table = pa.Table.from_pylist([{"shard": task.shard, **row} for row in rows], schema=INDEX)
+    keys, *numbers = zip(*rows, strict=True) if rows else [()] * 4
+    table = pa.table([keys, [task.shard] * len(rows), *numbers], schema=INDEX)
     with appearing(receipt_path) as file:
         pq.write_table(table.replace_schema_metadata({_NOTES: json.dumps(asdict(receipt))}), file)
     return receipt
 
 
-def _gather(task: Task, reader: Reader, tar: Tar) -> tuple[list[dict[str, Any]], list[Finding], dict[str, str]]:
-    """Fills the tar; the index's rows without the shard's name, what was odd, and which images are bad."""
-    rows: list[dict[str, Any]] = []
+def _gather(task: Task, reader: Reader, tar: Tar) -> tuple[list[Row], list[Finding], dict[str, str]]:
+    """Fills the tar; the index's rows but for the shard's name, what was odd, and which images are bad."""
+    rows: list[Row] = []
     findings: list[Finding] = []
     bad: dict[str, str] = {}
     columns = {name: column.to_pylist() for name, column in zip(task.images.column_names, task.images, strict=True)}
@@ -402,7 +404,7 @@ def _gather(task: Task, reader: Reader, tar: Tar) -> tuple[list[dict[str, Any]],
             tar.add(f"{key}.cls", str(label).encode())
         except ValueError:
             raise SourceError(f"{name}: too long a name for a tar; folder and file may have 100 characters") from None
-        rows.append({"key": key, "offset": offset, "size": len(content), "label": label})
+        rows.append((key, offset, len(content), label))
     return rows, findings, bad
 
 

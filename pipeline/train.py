@@ -108,8 +108,7 @@ def _fit(
     while True:
         before = checkpoints.names()
         trainer = Trainer(
-            work,
-            train_loop_config=task,
+            lambda: work(task),
             scaling_config=scaling,
             run_config=ray.train.RunConfig(
                 name=f"{_RAY}{time.time_ns()}",  # another name each time: Ray shall not restore what it remembers
@@ -259,34 +258,36 @@ def _telling(experiment: Experiment, run_name: str, mlflow_run_id: str) -> Calla
     """What to do with every entry of the journal: a line for people; MLflow for an epoch's metrics."""
     from pipeline import track
 
-    recipe_, first = experiment.recipe(run_name), []
-    epochs = recipe_.epochs
+    described, first = experiment.recipe(run_name), []
 
-    def tell(row: dict[str, Any]) -> None:
-        if "failed" in row:
-            told = "; ".join(f"rank {rank}: {message}" for rank, message in row["failed"].items())
+    def tell(entry: dict[str, Any]) -> None:
+        if "failed" in entry:
+            told = "; ".join(f"rank {rank}: {message}" for rank, message in entry["failed"].items())
             logger.warning("%s lost workers, and starts them anew (%s)", run_name, told)
-            return
-        if "start_step" in row:
+        elif "start_step" in entry:
             first.clear()
-            for name, fault in row["passed_over"].items():
-                logger.warning("%s: checkpoint %s is passed over: %s", run_name, name, fault)
+            _tell_start(run_name, entry, described.global_batch_size)
+        else:
+            now, epoch, left = time.monotonic(), entry["epoch"], described.epochs - entry["epoch"] - 1
+            first[:] = first or [epoch, now]
+            eta = "" if epoch <= first[0] else f"  ETA {(now - first[1]) / (epoch - first[0]) * left:.0f} s"
             logger.info(
-                "%s %s step %d of %d  workers %d  images %d a step, %d at once a worker", run_name,
-                "goes on from" if row["start_step"] else "starts at", row["start_step"], row["steps"], row["workers"],
-                recipe_.global_batch_size, row["batch_size"],
+                "%s  epoch %d/%d  lr %.2e  loss %.4f  top-1 %.2f %%  %.0f img/s%s", run_name, epoch + 1,
+                described.epochs, entry["lr"], entry["train/loss"], entry["val/top1_pct"], entry["perf/img_per_s"], eta,
             )
-            return
-        now, epoch = time.monotonic(), row["epoch"]
-        first[:] = first or [epoch, now]
-        eta = "" if epoch <= first[0] else f"  ETA {(now - first[1]) / (epoch - first[0]) * (epochs - epoch - 1):.0f} s"
-        logger.info(
-            "%s  epoch %d/%d  lr %.2e  loss %.4f  top-1 %.2f %%  %.0f img/s%s", run_name, epoch + 1, epochs,
-            row["lr"], row["train/loss"], row["val/top1_pct"], row["perf/img_per_s"], eta,
-        )
-        track.log_epoch(mlflow_run_id, row)
+            track.log_epoch(mlflow_run_id, entry)
 
     return tell
+
+
+def _tell_start(run_name: str, entry: dict[str, Any], global_batch_size: int) -> None:
+    for name, fault in entry["passed_over"].items():
+        logger.warning("%s: checkpoint %s is passed over: %s", run_name, name, fault)
+    logger.info(
+        "%s %s step %d of %d  workers %d  images %d a step, %d at once a worker", run_name,
+        "goes on from" if entry["start_step"] else "starts at", entry["start_step"], entry["steps"], entry["workers"],
+        global_batch_size, entry["batch_size"],
+    )
 
 
 def _weights(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pipeline.config import Experiment, Train
 
@@ -192,8 +192,7 @@ def _in_workers(task: Any, folder: Folder, config: Mapping[str, Any]) -> dict[st
 
     settings = task.experiment.train
     outcome = train.Trainer(
-        cast(Any, worker.work),
-        train_loop_config=task,
+        lambda: worker.work(task),
         scaling_config=ray.train.ScalingConfig(
             num_workers=settings.workers, use_gpu=config["gpu"],
             resources_per_worker=dict(resources(settings, config["gpu"])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ def main(stage: Callable[..., object]) -> None:
     An error that pipeline or flopeq defines (ConfigError, ShardError, ClusterError) is a message for people:
     it goes to stderr without a traceback, and the exit status is 2. Anything else is a bug and shows itself.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `stages.repro` has DVC, and so its stages, ignore it
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         stage(*sys.argv[1:])

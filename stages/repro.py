@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from pipeline import cluster, config
 from stages import check, main, preset, report, seeds, train_all
 
+if TYPE_CHECKING:
+    import psutil
+
 _DVC = (sys.executable, "-m", "dvc")
+_POLL_S = 0.1
+_AWAKE_S = 1.0  # after which a stage heeds SIGTERM
 
 
 def run(*words: str) -> None:
@@ -48,15 +57,47 @@ def _reproduce(experiment: config.Experiment, run_names: Sequence[str], targets:
 
 
 def _call_dvc(*words: str) -> None:
-    """Exits with DVC's status where it fails."""
-    with subprocess.Popen([*_DVC, *words]) as dvc:
+    """Exits with DVC's status where it fails; with 143 after a SIGTERM, once the stage under way has ended."""
+    caught, told = [], set()
+    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
+    # DVC would die of a SIGTERM and leave its stage behind; told by the shell to ignore it, DVC waits for the stage.
+    with subprocess.Popen(["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *_DVC, *words]) as dvc:
         try:
-            status = dvc.wait()
+            while (status := dvc.poll()) is None:
+                if caught:
+                    _end_stage(dvc.pid, told)
+                time.sleep(_POLL_S)
         except KeyboardInterrupt:  # the terminal sent it to DVC as well, which ends the stage under way
             dvc.wait()
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if status:
-        sys.exit(status)
+        sys.exit(128 + caught[0] if caught else status)
+
+
+def _end_stage(dvc: int, told: set[int]) -> None:
+    """SIGTERM to the stage under way, once; SIGINT to DVC where there is none: while there is one, DVC ignores it."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        stages = list(_stages(psutil.Process(dvc)))
+        for process in stages:
+            if process.pid not in told and time.time() - process.create_time() > _AWAKE_S:
+                told.add(process.pid)
+                process.terminate()
+        if not stages and dvc not in told:
+            told.add(dvc)
+            psutil.Process(dvc).send_signal(signal.SIGINT)
+
+
+def _stages(parent: psutil.Process) -> Iterator[psutil.Process]:
+    """What DVC runs, in a shell or not."""
+    for process in parent.children():
+        if process.cmdline()[1:2] == ["-m"]:
+            yield process
+        else:
+            yield from _stages(process)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -268,6 +269,8 @@ def test_a_submitted_job_leaves_its_results_in_its_folder(two_nodes, tmp_path, m
         cwd=home, text=True, capture_output=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Running stage 'evaluate@vit'" in done.stdout
+    assert "Running stage 'train@" not in done.stdout  # DVC took them over as they were
     for name in ("vit", "e-vit"):
         metrics = json.loads((place / "outputs" / name / "metrics.json").read_text())
         assert metrics["val/top1_pct"] > 10
@@ -292,3 +295,100 @@ def test_runs_that_take_all_nodes_train_one_after_the_other(two_nodes, tmp_path,
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = spans(place, monkeypatch)
     assert second[0] >= first[1]
+
+
+def test_the_launchers_file_is_what_ray_takes():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    content = yaml.safe_load((ROOT / "deploy" / "ray-cluster.yaml").read_text())
+    validate_config(prepare_config(content))
+    for there, here in content["file_mounts"].items():
+        assert (ROOT / here).is_file(), there
+
+
+def test_the_kuberay_manifest_mounts_what_it_declares_and_runs_the_pinned_ray():
+    manifest = yaml.safe_load((ROOT / "deploy" / "rayjob.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
+    spec = manifest["spec"]["rayClusterSpec"]
+    assert f"ray=={spec['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
+    assert set(yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])) == {"working_dir", "env_vars"}
+    (workers,) = spec["workerGroupSpecs"]
+    assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
+    for group in (spec["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert "/shared" in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_the_commands_of_docs_and_deploy_exist():
+    texts = [path.read_text() for path in (*(ROOT / "deploy").iterdir(), ROOT / "docs" / "cluster.md")]
+    stages = {name for text in texts for name in re.findall(r"-m stages\.(\w+)", text)}
+    jobs = {name for text in texts for name in re.findall(r"stages\.job /\S+ (\w+)", text)}
+    assert jobs == {"repro", "train_all"} and "job" in stages
+    for name in stages | jobs:
+        assert (ROOT / "stages" / f"{name}.py").is_file(), name
+    targets = {name for text in texts for name in re.findall(r"(?:\$ |`|# +)(?:\w+=\S+ )*make (\w+)", text)}
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"repro", "plan"} <= targets
+    assert all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in targets)
+    assert all((ROOT / path).exists() for text in texts for path in re.findall(r"deploy/[\w.-]+\w", text))
+
+
+def test_nodes_install_what_the_pipeline_declares_but_not_flopeq_itself(root):
+    listed = subprocess.check_output([sys.executable, "deploy/requirements.py", "pyproject.toml"], cwd=root, text=True)
+    packages = [re.split(r"[\[><=]", line)[0] for line in listed.split("\n") if line]
+    assert {"torch", "ray", "dvc", "mlflow", "s3fs"} <= set(packages) and "flopeq" not in packages
+    pinned = {line.partition("==")[0].lower() for line in (root / "constraints.txt").read_text().splitlines()}
+    assert set(packages) <= pinned
+
+
+# Stand-ins on one machine for what SLURM offers: `srun` drops its options and runs the command here.
+SLURM = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "scontrol": 'echo "$@" >> scontrol.log; [ "$1" != show ] || echo localhost',
+    "hostname": "echo 127.0.0.1",
+}
+
+
+def sbatch(place: Path, *words: str) -> subprocess.Popen[str]:
+    """The SLURM script at work in a folder with a clone's .venv, on one node."""
+    bin_ = place / "bin"
+    bin_.mkdir()
+    for name, script in SLURM.items():
+        (bin_ / name).write_text(f"#!/bin/bash\n{script}\n")
+        (bin_ / name).chmod(0o755)
+    activate = place / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"export PATH={bin_}:{Path(sys.executable).parent}:$PATH\n")
+    slurm = {"SLURM_SUBMIT_DIR": str(place), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node",
+             "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "2"}
+    return subprocess.Popen([ROOT / "deploy" / "slurm.sh", *words], env={**os.environ, **slurm}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_in_a_cluster_of_its_own_and_queues_again_when_stopped(tmp_path, monkeypatch):
+    place = checkout(tmp_path / "clone")
+    params = yaml.safe_load((place / "params.yaml").read_text())
+    params["recipes"]["digits"]["epochs"] = 2000
+    (place / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(place)
+    for stage in ("prepare", "shard"):
+        subprocess.run([sys.executable, "-m", f"stages.{stage}"], check=True, capture_output=True)
+    script = sbatch(place, "train_all", "vit")
+    assert script.stdout is not None
+    output = ""
+    for line in script.stdout:
+        output += line
+        if "epoch 2/2000" in line:
+            break
+    else:
+        pytest.fail(output)
+    script.send_signal(signal.SIGTERM)
+    rest, _ = script.communicate(timeout=100)
+    assert script.returncode == 128 + signal.SIGTERM and "was stopped, with a checkpoint" in rest
+    assert f"requeue {os.getpid()}" in Path("scontrol.log").read_text()
+    assert list(place.glob("outputs/vit/checkpoints/*/steps/step-*/complete.json"))

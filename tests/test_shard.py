@@ -314,6 +314,14 @@ def test_a_source_that_shrank_since_it_was_listed_is_named(images, tmp_path, lay
         shard.write_shards(listing, found.root, tmp_path / "out", source="", images_per_shard=4, seed=0)
 
 
+def test_an_archive_that_is_gone_since_it_was_listed_is_named(images, tmp_path):
+    found = detect(str(layouts.archives(images, tmp_path / "source")))
+    listing = found.scan("own")
+    (tmp_path / "source" / layouts.TRAIN_TAR).unlink()
+    with pytest.raises(SourceError, match=f"{layouts.TRAIN_TAR} cannot be read: No such file"):
+        shard.write_shards(listing, found.root, tmp_path / "out", source="", images_per_shard=4, seed=0)
+
+
 def test_a_zip_that_is_damaged_is_named(images, tmp_path):
     source = layouts.kaggle_zip(images, tmp_path / "source")
     found = detect(str(source))

@@ -1,23 +1,26 @@
-"""Training through Ray: interrupted, taken up, repeated, diverged."""
+"""Training through Ray: run again, changed, diverged; and the same on any number of workers."""
 
 from __future__ import annotations
 
 import csv
 import json
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 import yaml
 from safetensors.torch import load_file
 
-from pipeline import config, shard
+from pipeline import config, data, loop, recipe, shard
 from stages import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = 6  # of the optimizer
 
 
 @pytest.fixture
@@ -32,9 +35,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     params["recipes"]["digits"] |= {"epochs": 6, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= {"cpus_per_worker": 1}
     write(params)
-    data = config.load().data
-    prepare.write_digits(Path(data.source))
-    shard.write(data.source, data.shards, images_per_shard=512, seed=0)
+    described = config.load().data
+    prepare.write_digits(Path(described.source))
+    shard.write(described.source, described.shards, images_per_shard=512, seed=0)
     return tmp_path
 
 
@@ -69,37 +72,27 @@ def fingerprints() -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_to_the_weights_of_an_uninterrupted_one(place):
-    process = training()
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "epoch 3/6" in line:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not Path("outputs/vit/run.json").exists()
-    [interrupted] = Path("outputs/vit/checkpoints").glob("*/run.json")
-    begun = json.loads(interrupted.read_text())
-
+def test_a_finished_training_that_is_run_again_only_writes_its_outputs_anew(place):
+    assert "epoch 6/6" in finish()
+    written = {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()}
+    assert written.keys() == {"weights.safetensors", "history.csv", "run.json", "config.yaml"}
+    for name in written:
+        Path("outputs/vit", name).unlink()
     output = finish()
-    assert "epoch 1/6" not in output and "epoch 6/6" in output
-    resumed, found = load_file("outputs/vit/weights.safetensors"), note()
-    assert found["mlflow_run_id"] == begun["mlflow_run_id"]
-    assert found["status"] == "finished" and fingerprints() == [found["fingerprint"]]
-    with open("outputs/vit/history.csv", newline="") as history:
-        assert [row["epoch"] for row in csv.DictReader(history)] == list("012345")
-    last = next(Path("outputs/vit/checkpoints").glob("*/epoch-0006/state.pt"))
-    state = torch.load(last, weights_only=True)["model"]
+    assert "goes on from step 30 of 30" in output and "epoch" not in output
+    assert {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()} == written
+    assert fingerprints() == [note()["fingerprint"]]
 
-    output = finish()  # a finished training that is run again starts over, in an MLflow run of its own
-    assert "epoch 1/6" in output
-    assert note()["mlflow_run_id"] != found["mlflow_run_id"]
-    assert note()["fingerprint"] == found["fingerprint"]
-    for name, weight in torch.load(last, weights_only=True)["model"].items():
-        assert torch.equal(weight, state[name]), name
-    for name, weight in load_file("outputs/vit/weights.safetensors").items():
-        assert torch.equal(weight, resumed[name]), name
+
+@pytest.mark.slow
+def test_another_configuration_starts_over(place):
+    change("recipe", epochs=1, warmup_epochs=0)
+    finish()
+    first = note()
+    change("recipe", lr=1e-4)
+    assert "starts at step 0" in finish()
+    assert note()["fingerprint"] != first["fingerprint"] and note()["mlflow_run_id"] != first["mlflow_run_id"]
+    assert fingerprints() == [note()["fingerprint"]]
 
 
 @pytest.mark.slow
@@ -130,23 +123,89 @@ def test_the_fingerprint_follows_what_the_weights_are_a_function_of(place):
 
     def fingerprint() -> str:
         experiment = config.load()
-        return train.fingerprint(experiment.resolved("vit"), experiment.data.shards)
+        return train.fingerprint(experiment.resolved("vit"), data.Shards(experiment.data.shards))
 
     first = fingerprint()
-    change("train", keep_checkpoints=5, loader_workers=1)
+    change("train", keep_checkpoints=5, loader_workers=1, workers=[1, 4], batch_per_worker=16, checkpoint_steps=7)
     assert fingerprint() == first
     change("train", amp="bf16")
     assert (second := fingerprint()) != first
     change("recipe", lr=1.0)
     assert (third := fingerprint()) not in (first, second)
-    with open("data/shards/digits/manifest.json", "a") as manifest:
-        manifest.write(" ")
+    shards = Path("data/shards/digits")
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["classes"].reverse()
+    (shards / "manifest.json").write_text(json.dumps(manifest))
     assert fingerprint() not in (first, second, third)
 
 
-def test_a_batch_that_does_not_divide_over_the_workers_is_refused_before_ray_starts(place):
+def test_more_workers_than_a_batch_has_groups_are_refused_before_ray_starts(place):
     from pipeline import train
 
-    change("train", workers=3)
-    with pytest.raises(config.ConfigError, match="256 does not divide over train.workers 3"):
+    change("train", workers=17)
+    with pytest.raises(config.ConfigError, match="workers 17: a global batch of 256 .* at most 16"):
         train.train(config.load(), "vit")
+
+
+# The same mathematics on any number of workers
+
+
+def _one_of(rank: int, world_size: int, path: str) -> None:
+    """A few steps in float64 with 64 / 4 images at a time, on so many workers."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{path}/rendezvous-{world_size}", rank=rank, world_size=world_size
+    )
+    experiment = config.load(f"{path}/params.yaml")
+    described = experiment.recipe("vit")
+    shards = data.Shards(Path(path) / experiment.data.shards)
+    images = {split: data.IndexedImages(shards, split) for split in ("train", "val")}
+    model = recipe.model(experiment.run("vit"), described, num_classes=shards.num_classes, seed=0).double()
+    mine = {"rank": rank, "world_size": world_size}
+    parts = []
+
+    def in_float64(batches):
+        for batch in batches:
+            parts.append(len(batch.images))
+            yield batch._replace(images=batch.images.double())
+
+    def all_reduce(sums: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(sums)
+        return sums
+
+    def after_step(training: loop.Training) -> None:
+        if training.step == STEPS:
+            raise KeyboardInterrupt
+
+    ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    training = loop.Training.start(model, described, steps_per_epoch=22, amp="off")
+    with suppress(KeyboardInterrupt):
+        loop.fit(
+            training, described, seed=0, num_classes=shards.num_classes, forward=ddp, no_sync=ddp.no_sync,
+            all_reduce=all_reduce, on_epoch=lambda training: None, on_step=after_step, val_batches=lambda: [],
+            train_batches=lambda epoch, start_step: in_float64(data.train_batches(
+                images["train"], described, experiment.data, seed=0, epoch=epoch, start_step=start_step,
+                batch_size=16, **mine,
+            )), **mine,
+        )
+    assert parts == [16] * (STEPS * 4 // world_size)
+    if rank == 0:
+        torch.save([model.state_dict(), training.ema.module.state_dict()], f"{path}/{world_size}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_four_parts_of_a_batch_make_the_same_weights_on_one_two_and_four_workers(place):
+    change("recipe", global_batch_size=64, drop_path=0.0, mixup_alpha=0.8, cutmix_alpha=1.0, random_erasing=0.5,
+           repeated_augmentation=2, ema_decay=0.9)
+    for world_size in (1, 2, 4):
+        torch.multiprocessing.spawn(_one_of, (world_size, str(place)), nprocs=world_size)
+    expected, *others = (torch.load(place / f"{world_size}.pt", weights_only=True) for world_size in (1, 2, 4))
+    experiment = config.load()
+    initial = recipe.model(experiment.run("vit"), experiment.recipe("vit"), num_classes=10, seed=0).state_dict()
+    for found in others:
+        for state, wanted in zip(found, expected, strict=True):
+            for name, weight in wanted.items():
+                assert weight.dtype == torch.float64
+                torch.testing.assert_close(state[name], weight, rtol=0, atol=1e-10)
+    assert not any(torch.equal(initial[name].double(), weight) for name, weight in expected[0].items())

@@ -12,11 +12,12 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from pipeline.imagenet import WNID
-from pipeline.sources.listing import Collector, Listing, SourceError, in_threads, some
+from pipeline.sources.listing import Collector, Listing, SourceError, some
+from pipeline.tarsum import quick_headers
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 NEEDED = {
@@ -26,7 +27,6 @@ NEEDED = {
 }
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-_THREADS = 4  # they wait for the disk: between two headers lie 110 KB
 _BLOCK = tarfile.BLOCKSIZE
 _PADDING = 1 << 20  # bytes: tars end in zeros, up to a multiple of a record that is rarely above 10 KB
 
@@ -76,9 +76,8 @@ class Archives:
             if not (tar.name.endswith(".tar") and WNID.fullmatch(tar.name[:-4])):
                 raise SourceError(f"{path} holds {tar.name}, but should hold a tar for each class, such as "
                                   f"n01440764.tar: use the archive as image-net.org has it")
-        listed = in_threads(_THREADS, lambda tar: list(members(path, tar)), tars)
-        for tar, images in zip(tars, listed, strict=True):
-            yield tar.name[:-4], images
+        for tar in tars:
+            yield tar.name[:-4], list(members(path, tar))
 
     def _add_val(self, found: Collector, wnids: list[str]) -> None:
         """Takes in the validation images, whose classes are `wnids`, in the order of their numbers."""
@@ -137,7 +136,7 @@ def members(path: Path, inner: Member | None = None) -> Iterator[Member]:
         whole = f"{path}: {inner.name}" if inner else str(path)
         file.seek(start)
         try:
-            with tarfile.TarFile(fileobj=file, mode="r") as tar:
+            with quick_headers(), tarfile.TarFile(fileobj=file, mode="r") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it keeps them all otherwise
                     if member.offset_data + member.size > end:
@@ -146,7 +145,7 @@ def members(path: Path, inner: Member | None = None) -> Iterator[Member]:
                         continue
                     if not member.isreg() or member.issparse():
                         raise SourceError(f"{whole}: {member.name} is a link or sparse, and no file in the tar")
-                    yield Member(PurePosixPath(member.name).name, member.offset_data, member.size)
+                    yield Member(member.name.rpartition("/")[2], member.offset_data, member.size)
                 _check_end(file, tar.offset, end, whole)
         except tarfile.TarError as error:
             raise SourceError(f"{whole} is cut or damaged ({error}): {_AGAIN}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -116,7 +115,8 @@ class Collector:
 
 def is_image(name: str) -> bool:
     """Whether a file is an image, by its name."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    stem, dot, suffix = name.rpartition(".")
+    return bool(stem) and f"{dot}{suffix.lower()}" in IMAGE_SUFFIXES
 
 
 def in_threads(threads: int, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
