@@ -16,7 +16,7 @@ from pyarrow.fs import FileType
 from ray.train.torch import get_device, prepare_model
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import data, loop, memory, recipe
+from pipeline import data, execution, loop, memory, recipe
 from pipeline.checkpoint import Checkpoints, open_place
 from pipeline.config import Experiment, Recipe
 
@@ -43,12 +43,14 @@ def work(task: Task) -> dict[str, Any]:
     settings, context = experiment.train, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(settings.cpus_per_worker)
+    execution.settle(settings)
     device = get_device()
     shards = data.Shards(Path(task.root) / experiment.data.shards, cache_gib=experiment.data.cache_gib)
     images = {split: data.IndexedImages(shards, split) for split in ("train", "val")}
     model = recipe.model(
         experiment.run(task.run), recipe_, num_classes=shards.num_classes, seed=seed
     ).to(device)
+    model = execution.arrange(model, settings)
     steps_per_epoch = data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
     amp = settings.amp if recipe_.mixed_precision else "off"
     training = loop.Training.start(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)

@@ -18,12 +18,13 @@ def run() -> None:
         cluster.probe(address)
 
     from flopeq.build import ModelError
-    from pipeline import further, recipe
+    from pipeline import execution, further, recipe
 
     further.check(experiment.data)
     for name, run in experiment.models.items():
         try:
-            recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
+            model = recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
+            execution.arrange(model, experiment.train)
         except ModelError as error:
             raise ConfigError(f"params.yaml: models.{name}: {error}") from None
     for name in sorted({run.recipe for run in experiment.models.values()}):
