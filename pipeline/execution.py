@@ -24,5 +24,6 @@ def arrange(model: nn.Module, settings: Train) -> nn.Module:
         try:
             model.set_grad_checkpointing()  # type: ignore[operator]  # timm's, by contract
         except (AttributeError, AssertionError):
-            raise ConfigError(f"train.activation_checkpointing: {type(model).__name__} cannot; set it to false") from None
+            name = type(model).__name__
+            raise ConfigError(f"train.activation_checkpointing: {name} cannot; set it to false") from None
     return model.to(memory_format=torch.channels_last) if settings.channels_last else model
