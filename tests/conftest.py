@@ -24,8 +24,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples every time, however slow the machine; `--hypothesis-profile default` looks for new ones.
+hypothesis.settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
 
