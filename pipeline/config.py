@@ -144,6 +144,14 @@ class Train(_Section):
     """Optimizer steps between checkpoints within an epoch; None: only at its end."""
     amp: Literal["off", "bf16", "fp16"]
     """Autocast dtype of the forward pass; fp16 scales the loss and needs a GPU."""
+    tf32: bool
+    """Products of float32 in TF32 where a GPU has it (10 bits of mantissa)."""
+    fused_attention: bool
+    """Attention in one kernel (torch's scaled_dot_product_attention) instead of two products and a softmax."""
+    channels_last: bool
+    """Images and convolutions' weights with channels innermost in memory: pays for ConvNeXt on GPUs."""
+    activation_checkpointing: bool
+    """Keep the blocks' inputs alone and compute the rest again in the backward pass: less memory, a third more time."""
     compile: bool
     """Train through torch.compile (falls back to eager, and says so, without a C++ compiler)."""
     keep_checkpoints: Positive

@@ -16,7 +16,7 @@ from pyarrow.fs import FileType
 from ray.train.torch import get_device, prepare_model
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline import data, loop, memory, proxy, recipe
+from pipeline import data, execution, loop, memory, proxy, recipe
 from pipeline.checkpoint import Checkpoints, open_place
 from pipeline.config import Experiment, Recipe
 
@@ -62,9 +62,11 @@ def work(task: Task, link: Any = None) -> dict[str, Any]:
     experiment, recipe_, seed = task.experiment, task.experiment.recipe(task.run), task.experiment.seed_of(task.run)
     settings, rank, world_size, device = experiment.train, link.rank, link.world_size, link.device
     torch.set_num_threads(settings.cpus_per_worker)
+    execution.settle(settings)
     shards = data.Shards(Path(task.root) / experiment.data.shards, cache_gib=experiment.data.cache_gib)
     images, num_classes = proxy.images(shards, task.classes)
     model = recipe.model(experiment.run(task.run), recipe_, num_classes=num_classes, seed=seed).to(device)
+    model = execution.arrange(model, settings)
     steps_per_epoch = data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
     amp = settings.amp if recipe_.mixed_precision else "off"
     training = loop.Training.start(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)

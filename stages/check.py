@@ -18,13 +18,14 @@ def run() -> None:
         cluster.probe(address)
 
     from flopeq.build import ModelError
-    from pipeline import further, hybrids, recipe, space
+    from pipeline import execution, further, hybrids, recipe, space
 
     further.check(experiment.data)
     found = {name: run for name, run in experiment.models.items() if run.recipe in experiment.recipes}
     for name, run in found.items():  # the others' recipes, a sweep has yet to find
         try:
-            recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
+            model = recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
+            execution.arrange(model, experiment.train)
         except ModelError as error:
             raise ConfigError(f"params.yaml: models.{name}: {error}") from None
     for name in sorted({run.recipe for run in found.values()}):

@@ -20,10 +20,16 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import ipaddress
 import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples every time, however slow the machine; `--hypothesis-profile default` looks for new ones.
+hypothesis.settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +55,14 @@ def _is_nearby(host: str) -> bool:
     except ValueError:
         return False
     return address.is_loopback or address.is_private
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_ray_left() -> Iterator[None]:
+    """What a module's tests start in this process, those of the next one do not train on."""
+    yield
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 @pytest.fixture(autouse=True)

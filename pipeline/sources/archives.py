@@ -7,6 +7,7 @@ an order of their own and only lead to the wnid; labels count in the order of th
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 import zlib
@@ -127,31 +128,48 @@ def devkit(path: Path) -> tuple[dict[int, str], list[int]]:
 def members(path: Path, inner: Member | None = None) -> Iterator[Member]:
     """The files in the tar at `path`, or in a tar that is a member of that one, as their headers say.
 
-    The standard library takes a header that is cut, or is none, for the end; here only zeros are one.
+    Iterating, the standard library takes a header that is cut, or is none, for the end; here only zeros are one.
     Raises: SourceError if the tar is cut, or goes on after its end.
     """
-    with path.open("rb") as file:
-        start = inner.offset if inner else 0
-        end = start + inner.size if inner else file.seek(0, io.SEEK_END)
+    with path.open("rb", buffering=0) as file, quick_headers():
+        offset = inner.offset if inner else 0
+        end = offset + inner.size if inner else file.seek(0, io.SEEK_END)
         whole = f"{path}: {inner.name}" if inner else str(path)
-        file.seek(start)
-        try:
-            with quick_headers(), tarfile.TarFile(fileobj=file, mode="r") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # it keeps them all otherwise
-                    if member.offset_data + member.size > end:
-                        raise SourceError(f"{whole} is cut, in or after the header of {member.name}: {_AGAIN}")
-                    if member.isdir():
-                        continue
-                    if not member.isreg() or member.issparse():
-                        raise SourceError(f"{whole}: {member.name} is a link or sparse, and no file in the tar")
-                    yield Member(member.name.rpartition("/")[2], member.offset_data, member.size)
-                _check_end(file, tar.offset, end, whole)
-        except tarfile.TarError as error:
-            raise SourceError(f"{whole} is cut or damaged ({error}): {_AGAIN}") from None
+        while header := os.pread(file.fileno(), _BLOCK, offset):
+            try:
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+                member.offset_data = offset + _BLOCK
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    member = _extended(file, offset)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # zeros
+                break
+            except tarfile.TarError as error:
+                raise SourceError(f"{whole} is cut or damaged at byte {offset:,} ({error}): {_AGAIN}") from None
+            if member.offset_data + member.size > end:
+                raise SourceError(f"{whole} is cut, in or after the header of {member.name}: {_AGAIN}")
+            offset = member.offset_data + member.size + -member.size % _BLOCK
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                raise SourceError(f"{whole}: {member.name} is a link or sparse, and no file in the tar")
+            yield Member(member.name.rpartition("/")[2], member.offset_data, member.size)
+        _check_end(file, offset, end, whole)
 
 
-def _check_end(file: io.BufferedReader, offset: int, end: int, whole: str) -> None:
+def _extended(file: io.FileIO, offset: int) -> tarfile.TarInfo:
+    """The member whose name, or more, is in blocks before its own, as tarfile's own iteration gives it.
+
+    Raises: tarfile.TarError if there is none.
+    """
+    file.seek(offset)
+    with tarfile.TarFile(fileobj=file, mode="r") as tar:
+        member = tar.next()
+    if member is None:
+        raise tarfile.ReadError("an extended header without a member")
+    return member
+
+
+def _check_end(file: io.FileIO, offset: int, end: int, whole: str) -> None:
     """Raises: SourceError if what stands from `offset`, where no header is, to `end` is not a tar's end."""
     if end - offset < _BLOCK:
         raise SourceError(f"{whole} is cut, before byte {offset + _BLOCK:,}: it has no end mark; {_AGAIN}")
