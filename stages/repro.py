@@ -43,7 +43,7 @@ def _reproduce(experiment: config.Experiment, run_names: Sequence[str], targets:
     """`dvc repro`, but that trainings, none of which needs another, run side by side."""
     settings = experiment.train
     with cluster.local(settings.least_workers * settings.cpus_per_worker):
-        _call_dvc("repro", "shard")
+        _call_dvc("repro", "shard", *_recipes(experiment, run_names))  # with the sweeps that find some of them
         stages = [f"train@{name}" for name in run_names]
         changed = json.loads(subprocess.check_output([*_DVC, "status", "--json", *stages]))
         if stale := [name for name in run_names if f"train@{name}" in changed]:
@@ -54,6 +54,12 @@ def _reproduce(experiment: config.Experiment, run_names: Sequence[str], targets:
             if failed := [status for status in statuses.values() if status]:
                 sys.exit(failed[0])
         _call_dvc("repro", *targets)
+
+
+def _recipes(experiment: config.Experiment, run_names: Sequence[str]) -> list[str]:
+    """The stages that write the runs' recipes."""
+    names = dict.fromkeys(experiment.run(name).recipe for name in run_names)
+    return [f"{'tuned' if name in experiment.sweeps.tuned else 'recipe'}@{name}" for name in names]
 
 
 def _call_dvc(*words: str) -> None:
