@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import committed
 import pytest
 import yaml
 
@@ -241,8 +242,7 @@ def checkout(folder: Path, **settings) -> Path:
     for name in (*job.CODE, ".rayignore", ".gitignore"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["models"] = {name: params["models"][name] for name in ("vit", "e-vit")}
+    params = committed.only("vit", "e-vit")
     params["recipes"]["digits"] |= {"epochs": 2, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= settings
     (folder / "params.yaml").write_text(yaml.safe_dump(params))

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import committed
 import layouts
 import pytest
 import torch
@@ -66,10 +67,9 @@ def experiment(
     labels: str = "own", *, ema: bool = False, loader_workers: int = 0, **data_changes: Any
 ) -> config.Experiment:
     """Two small ViTs on those shards, from a params.yaml that is written here."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = committed.only("vit", "e-vit")
     params["data"] |= {"name": labels, "source": "source", "labels": labels, "image_size": SIDE, **data_changes}
     params["train"]["loader_workers"] = loader_workers
-    params["models"] = {name: params["models"][name] for name in ("vit", "e-vit")}
     for run in params["models"].values():
         run["args"] = {**run["args"], "img_size": SIDE}
     params["recipes"]["digits"] |= {

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import committed
 import psutil
 import pytest
 import ray
@@ -106,8 +107,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        params = yaml.safe_load((ROOT / "params.yaml").read_text())
-        params["models"] = {"vit": params["models"]["vit"]}
+        params = committed.only("vit")
         params["recipes"]["digits"] |= {
             "epochs": EPOCHS, "warmup_epochs": 1, "drop_path": 0.2, "mixup_alpha": 0.2, "random_erasing": 0.25,
             "ema_decay": 0.9,

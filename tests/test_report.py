@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import committed
 import pytest
 import yaml
 
@@ -38,12 +39,8 @@ def fabricate(folder: Path, changes: dict[str, Any] | None = None) -> config.Exp
 
     `changes` are merged into the `models` section; None there removes the run.
     """
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = committed.only(*TOP1)
     params["models"] = {k: v for k, v in {**params["models"], **(changes or {})}.items() if v is not None}
-    for tuned in set(params["models"]) - set(TOP1) - set(changes or {}):
-        del params["models"][tuned]
-    params["sweeps"]["recipe"] |= {"runs": [], "own_space": {}}
-    params["sweeps"]["hybrid"] |= {"runs": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     experiment = config.load(folder / "params.yaml")
     complexity, throughput = [], []

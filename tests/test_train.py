@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import committed
 import pytest
 import torch
 import torch.distributed
@@ -28,10 +29,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the digits' shards and an experiment of one small run, as the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["models"] = {"vit": params["models"]["vit"]}
-    params["sweeps"]["recipe"] |= {"runs": [], "own_space": {}}
-    params["sweeps"]["hybrid"] |= {"runs": []}
+    params = committed.only("vit")
     params["recipes"]["digits"] |= {"epochs": 6, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= {"cpus_per_worker": 1}
     write(params)
