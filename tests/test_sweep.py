@@ -272,7 +272,7 @@ def running_cluster() -> Iterator[dict[str, str]]:
         "sys.stdin.read(); nodes.shutdown()"
     )
     head = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )
     assert head.stdout is not None and head.stdin is not None
