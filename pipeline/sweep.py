@@ -57,6 +57,7 @@ class Stage:
         self.classes = settings.proxy and settings.proxy.classes
         self.images, self.num_classes = proxy.images(self.shards, self.classes)
         self.places = Path("sweeps/trials", name).absolute()
+        self.places.mkdir(parents=True, exist_ok=True)
 
     def spec(
         self, plan: str, number: int, round: int, seed: int, params: Mapping[str, Any], run: Run, recipe: Recipe,
@@ -150,7 +151,6 @@ def run(
     each = trial.resources(settings, gpu)
     at_once = concurrency(workers, each)
     places = stage.places
-    places.mkdir(parents=True, exist_ok=True)
     storage = stage.experiment.storage
     common = {
         "root": str(Path.cwd()), "place": str(places), "gpu": gpu,
