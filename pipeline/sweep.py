@@ -180,7 +180,7 @@ def run(
                 failure_config=tune.FailureConfig(max_failures=trial.RUN_FAILURES),
             ),
         ).fit()
-        if conductor.interrupted:
+        if conductor.is_waiting:  # Tune was asked to stop
             raise KeyboardInterrupt
     _forget(places, {outcome.spec.fingerprint for done in conductor.outcomes.values() for outcome in done})
     return conductor.outcomes, board
@@ -212,7 +212,6 @@ class _Conductor(Searcher):
     def __init__(self, plans: Mapping[str, Plan], common: Mapping[str, Any], board: Board, places: Path) -> None:
         super().__init__(metric=trial.METRIC, mode="max")
         self.outcomes: dict[str, list[Outcome]] = {name: [] for name in plans}
-        self.interrupted = False
         self._plans, self._common, self._board, self._places = dict(plans), common, board, places
         self._rounds: dict[str, list[Spec]] = {}
         self._queue: list[Spec] = []
@@ -238,8 +237,7 @@ class _Conductor(Searcher):
             folder = Folder(self._places / spec.fingerprint)
             found = folder.note("outcome")
             if not (found or error or trial_id in self.stopped):
-                self.interrupted = True  # neither ended nor told to: Tune was asked to stop
-                return
+                return  # neither ended nor told to: Tune was asked to stop
             state: trial.State = found.get("state", "failed" if error else "stopped")
             message = found.get("message")
             if error:
@@ -251,6 +249,11 @@ class _Conductor(Searcher):
             self._done[spec.fingerprint] = outcome
             self._board.ended(outcome)
             self._close_rounds()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a plan has trials that have not ended."""
+        return bool(self._rounds)
 
     def spec(self, trial_id: str) -> Spec | None:
         """What Tune's trial of that id trains."""
