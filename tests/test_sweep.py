@@ -291,7 +291,8 @@ from ray.util.state import list_actors
 ray.init(log_to_driver=False)
 for _ in range(60):
     groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-    actors = [a for a in list_actors() if a.state not in ("DEAD",)]
+    # Ray Train's coordinator is one for all jobs of a cluster, and stays.
+    actors = [a for a in list_actors() if a.state != "DEAD" and a.name != "AutoscalingCoordinator"]
     if not groups and not actors and ray.available_resources().get("CPU") == 2:
         sys.exit()
     time.sleep(0.5)
