@@ -1,0 +1,96 @@
+"""mkdocs' hook: pages that are made from README.md, from code and from notebooks, links between them, and MathML."""
+
+from __future__ import annotations
+
+import html
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+import latex2mathml.converter
+from links import ROOT, linked_files, page_of, rewritten, source_page
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(ROOT))
+import commands
+import notebooks
+import parameters
+
+log = logging.getLogger("mkdocs.plugins.flopeq")
+
+LIBRARY = "reference/library"
+_INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
+_DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """A page of each module of the library, after the page that lists them."""
+    pages = [{f"flopeq.{name}": f"{LIBRARY}/{name}.md"} for name in _modules()]
+    for entry in config.nav or []:
+        for section in entry.values():
+            if isinstance(section, list) and {"The library": f"{LIBRARY}.md"} in section:
+                section.extend(pages)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Adds the pages that are made, and a page for every file outside docs/ that a page links to."""
+    made = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8"),
+            "reference/parameters.md": parameters.page(),
+            "reference/commands.md": commands.page(),
+            f"{LIBRARY}.md": _library()}  # fmt: skip
+    made |= {f"{LIBRARY}/{name}.md": f"# flopeq.{name}\n\n::: flopeq.{name}\n" for name in _modules()}
+    for path in sorted(notebooks.FOLDER.glob("*.ipynb")):
+        made[page_of(f"notebooks/{path.name}")] = notebooks.page(path, path.read_text(encoding="utf-8"))
+    texts = {_document(file.src_uri): file.content_string for file in files.documentation_pages()}
+    texts |= {_document(page): text for page, text in made.items()}
+    while texts:
+        document, text = texts.popitem()
+        for path in linked_files(text, document):
+            page = page_of(path)
+            if page.startswith("source/") and page not in made and (ROOT / path).is_file():
+                made[page] = source_page(path)
+                if path.endswith(".md"):
+                    texts[path] = made[page]
+    for page, text in made.items():
+        files.append(File.generated(config, page, content=text))
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Links to files of the repository become links of the site."""
+    where = page.file.src_uri
+    if where.startswith("source/") and not (ROOT / _document(where)).is_file():
+        return markdown
+    return rewritten(markdown, _document(where), where, log.warning)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas become MathML, which browsers draw themselves."""
+
+    def formula(display: str) -> Any:
+        return lambda match: latex2mathml.converter.convert(html.unescape(match[1]).strip(), display=display)
+
+    return _DISPLAY.sub(formula("block"), _INLINE.sub(formula("inline"), content))
+
+
+def _document(page: str) -> str:
+    """The document that a page of the site shows; pages that are made read as if they lay in docs/."""
+    if page == "index.md":
+        return "README.md"
+    return page.removeprefix("source/") if page.startswith("source/") else f"docs/{page}"
+
+
+def _modules() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "flopeq").glob("*.py") if not path.stem.startswith("_"))
+
+
+def _library() -> str:
+    """The list of the library's modules, each with the first line of its docstring."""
+    rows = []
+    for name in _modules():
+        first = (ROOT / "flopeq" / f"{name}.py").read_text(encoding="utf-8").splitlines()[0].strip('"')
+        rows.append(f"| [flopeq.{name}](library/{name}.md) | {first} |\n")
+    return "# The library\n\n| module | |\n| --- | --- |\n" + "".join(rows)
