@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 
 import nbclient
@@ -19,8 +20,11 @@ def page(path: Path, content: str) -> str:
     notebook = nbformat.reads(content, as_version=4)
     # The kernel is a process of its own: it finds the repository's packages, and draws without a screen.
     surroundings = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
-    client.execute(cwd=str(FOLDER), env=surroundings)
+    client = nbclient.NotebookClient(notebook, timeout=600, startup_timeout=180, kernel_name="python3")
+    client.create_kernel_manager()
+    with tempfile.TemporaryDirectory() as sockets:  # no port of this machine
+        client.km.transport, client.km.ip = "ipc", f"{sockets}/kernel"
+        client.execute(cwd=str(FOLDER), env=surroundings)
     parts = [_cell(cell) for cell in notebook.cells]
     parts.insert(1, f"*The notebook notebooks/{path.name}, as it ran when this site was built.*")
     return "\n\n".join(parts) + "\n"
@@ -29,7 +33,13 @@ def page(path: Path, content: str) -> str:
 def _cell(cell: nbformat.NotebookNode) -> str:
     if cell.cell_type == "markdown":
         return cell.source
-    return "\n\n".join([f"```python\n{cell.source}\n```", *(_output(output) for output in cell.outputs)])
+    outputs = []
+    for output in cell.outputs:
+        if outputs and output.output_type == outputs[-1].output_type == "stream":
+            outputs[-1].text += output.text  # the kernel sends what is printed in pieces
+        else:
+            outputs.append(output)
+    return "\n\n".join([f"```python\n{cell.source}\n```", *map(_output, outputs)])
 
 
 def _output(output: nbformat.NotebookNode) -> str:
