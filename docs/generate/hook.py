@@ -22,6 +22,9 @@ import parameters
 
 log = logging.getLogger("mkdocs.plugins.flopeq")
 
+_shown: dict[str, str] = {}
+"""Pages that show a Markdown file from outside docs/ -> that file."""
+
 LIBRARY = "reference/library"
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _DISPLAY = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.DOTALL)
@@ -47,6 +50,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         made[page_of(f"notebooks/{path.name}")] = notebooks.page(path, path.read_text(encoding="utf-8"))
     texts = {_document(file.src_uri): file.content_string for file in files.documentation_pages()}
     texts |= {_document(page): text for page, text in made.items()}
+    _shown.clear()
     while texts:
         document, text = texts.popitem()
         for path in linked_files(text, document):
@@ -55,6 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
                 made[page] = source_page(path)
                 if path.endswith(".md"):
                     texts[path] = made[page]
+                    _shown[page] = path
     for page, text in made.items():
         files.append(File.generated(config, page, content=text))
 
@@ -62,8 +67,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Links to files of the repository become links of the site."""
     where = page.file.src_uri
-    if where.startswith("source/") and not (ROOT / _document(where)).is_file():
-        return markdown
+    if where.startswith("source/") and where not in _shown:
+        return markdown  # code
     return rewritten(markdown, _document(where), where, log.warning)
 
 
@@ -80,7 +85,7 @@ def _document(page: str) -> str:
     """The document that a page of the site shows; pages that are made read as if they lay in docs/."""
     if page == "index.md":
         return "README.md"
-    return page.removeprefix("source/") if page.startswith("source/") else f"docs/{page}"
+    return _shown.get(page) or f"docs/{page}"
 
 
 def _modules() -> list[str]:

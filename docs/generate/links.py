@@ -57,7 +57,8 @@ def page_of(path: str) -> str:
         return path.removesuffix(".ipynb") + ".md"
     if path.startswith("docs/") and not path.endswith(".py"):
         return path.removeprefix("docs/")
-    return f"source/{path}" if path.endswith(".md") else f"source/{path}.md"
+    visible = re.sub(r"(^|/)\.", r"\1dot-", path)  # mkdocs leaves out files whose names begin with a dot
+    return f"source/{visible}" if path.endswith(".md") else f"source/{visible}.md"
 
 
 def source_page(path: str) -> str:
