@@ -35,8 +35,9 @@ def on_config(config: MkDocsConfig) -> None:
     pages = [{f"flopeq.{name}": f"{LIBRARY}/{name}.md"} for name in _modules()]
     for entry in config.nav or []:
         for section in entry.values():
-            if isinstance(section, list) and {"The library": f"{LIBRARY}.md"} in section:
-                section.extend(pages)
+            for inner in section if isinstance(section, list) else []:
+                if list(inner.values()) == [[f"{LIBRARY}.md"]]:
+                    next(iter(inner.values())).extend(pages)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
@@ -98,4 +99,4 @@ def _library() -> str:
     for name in _modules():
         first = (ROOT / "flopeq" / f"{name}.py").read_text(encoding="utf-8").splitlines()[0].strip('"')
         rows.append(f"| [flopeq.{name}](library/{name}.md) | {first} |\n")
-    return "# The library\n\n| module | |\n| --- | --- |\n" + "".join(rows)
+    return "# Modules\n\n| module | |\n| --- | --- |\n" + "".join(rows)
