@@ -73,8 +73,10 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     return rewritten(markdown, _document(where), where, log.warning)
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Formulas become MathML, which browsers draw themselves."""
+def on_page_content(content: str, page: Page, **_: Any) -> str:
+    """Formulas become MathML, which browsers draw themselves; lines of code are places that links may name."""
+    if page.present_anchor_ids is not None:
+        page.present_anchor_ids |= set(re.findall(r'id="(__span-[\d-]+)"', content))
 
     def formula(display: str) -> Any:
         return lambda match: latex2mathml.converter.convert(html.unescape(match[1]).strip(), display=display)
