@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import html
 import logging
-import os
 import re
-import sys
 from typing import Any
 
+import commands
 import latex2mathml.converter
+import parameters
 from links import ROOT, linked_files, page_of, rewritten, source_page
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.insert(0, str(ROOT))
-import commands
 import notebooks
-import parameters
 
 log = logging.getLogger("mkdocs.plugins.flopeq")
 

@@ -1,7 +1,7 @@
 """Links of the documents as they work in a repository browser, turned into links of the site.
 
 A document links to files by their path. What lies in docs/ is a page or a picture of the site; a file anywhere else
-gets a page that shows its text, `source/<path>.md`. `tests/test_x.py#test_name` leads to the line that defines the name.
+gets a page that shows its text, `source/<path>.md`. `tests/test_x.py#test_name` leads to the line that defines it.
 """
 
 from __future__ import annotations
