@@ -9,13 +9,12 @@ from typing import Any
 
 import commands
 import latex2mathml.converter
+import notebook_pages
 import parameters
 from links import ROOT, linked_files, page_of, rewritten, source_page
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-
-import notebooks
 
 log = logging.getLogger("mkdocs.plugins.flopeq")
 
@@ -44,8 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
             "reference/commands.md": commands.page(),
             f"{LIBRARY}.md": _library()}  # fmt: skip
     made |= {f"{LIBRARY}/{name}.md": f"# flopeq.{name}\n\n::: flopeq.{name}\n" for name in _modules()}
-    for path in sorted(notebooks.FOLDER.glob("*.ipynb")):
-        made[page_of(f"notebooks/{path.name}")] = notebooks.page(path, path.read_text(encoding="utf-8"))
+    for path in sorted(notebook_pages.FOLDER.glob("*.ipynb")):
+        made[page_of(f"notebooks/{path.name}")] = notebook_pages.page(path, path.read_text(encoding="utf-8"))
     texts = {_document(file.src_uri): file.content_string for file in files.documentation_pages()}
     texts |= {_document(page): text for page, text in made.items()}
     _shown.clear()
