@@ -1,6 +1,6 @@
 """Pictures of a finished experiment for the documents: its report and its runs in MLflow, by a headless Chromium.
 
-    python docs/screenshots.py FOLDER [--images docs/images] [--chromium PROGRAM]
+    python docs/screenshots.py FOLDER [--images docs/images] [--chromium PROGRAM]      # in the .venv of make
 
 FOLDER is the repository's folder in which `make repro` has run. Look at the pictures before you commit them.
 """
@@ -38,7 +38,7 @@ STORED = {"mlflow.assistant.panelOpen_v1": "false", "mlflow.assistant.fab.autoOp
 
 
 def main() -> None:
-    """Takes all pictures; what is wrong is one line on stderr and exit code 2."""
+    """Takes all pictures; what is missing is said in one line on stderr, with exit code 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=Path, default=Path(__file__).parent / "images")
@@ -69,11 +69,9 @@ def pages(report: Path, address: str, experiment: str) -> Iterator[tuple[str, st
     yield "report-phone", report.as_uri(), 400, 800, 3
     found = ask(address, "experiments/search", {"max_results": 1000})["experiments"]
     number = next(each["experiment_id"] for each in found if each["name"] == experiment)
-    newest = ask(address, "runs/search", {"experiment_ids": [number], "max_results": 1})["runs"][0]["info"]["run_id"]
     here = f"{address}/#/experiments/{number}/runs"
     yield "mlflow-runs", f"{here}?workflowType=machine_learning", 1400, 560, 12
     yield "mlflow-charts", f"{here}?workflowType=machine_learning&compareRunsMode=CHART", 1400, 1000, 20
-    yield "mlflow-run", f"{here}/{newest}?workflowType=machine_learning", 1400, 1100, 12
 
 
 class Browser:

@@ -35,6 +35,8 @@ def _cell(cell: nbformat.NotebookNode) -> str:
         return cell.source
     outputs = []
     for output in cell.outputs:
+        if output.get("name") == "stderr":  # warnings about the machine that builds the site
+            continue
         if outputs and output.output_type == outputs[-1].output_type == "stream":
             outputs[-1].text += output.text  # the kernel sends what is printed in pieces
         else:
