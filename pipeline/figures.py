@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product, zip_longest
 from typing import Any
 
@@ -68,7 +68,7 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     label=lambda r: r.label if edge(r) == r.top1_pct else f"{r.label} at {r.top1_pct:.0f}%",
                     join=True,
                 ),
-                _rows(results, {f"{flop_unit} per image": gflops, "validation top-1 (%)": lambda r: r.top1_pct}),
+                _rows(results, "complexity/gflops", "val/top1_pct"),
             ),
             picture(
                 "flops_vs_params",
@@ -82,7 +82,7 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     f"{flop_unit} per image",
                     proportional=True,
                 ),
-                _rows(results, {f"parameters ({param_unit})": gparams, f"{flop_unit} per image": gflops}),
+                _rows(results, "complexity/params_m", "complexity/gflops"),
             ),
             picture(
                 "throughput_gain",
@@ -97,8 +97,7 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     "throughput gain over X (%)",
                     zero=True,
                 ),
-                _rows(results, {f"{flop_unit} per image, of X": baseline_gflops,
-                                "throughput gain over X (%)": gain_pct}),
+                _rows(results, "complexity/gflops", "complexity/flop_ratio", "perf/throughput_ratio"),
             ),
             picture(
                 "training_curves",
@@ -107,18 +106,16 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                 + " Bands: from the lowest to the highest of several seeds." * (len(grouped(results)) < len(results)),
                 _curves(results),
                 [{"run": r.run, "group": r.group, "seed": r.seed, "epoch": int(row["epoch"]) + 1,
-                  "validation top-1 (%)": row["val/top1_pct"], "training loss": row["train/loss"]}
+                  "val/top1_pct": row["val/top1_pct"], "train/loss": row["train/loss"]}
                  for r in results for row in r.history],
             ),
         ]
 
 
-def _rows(
-    results: Sequence[Result], values: Mapping[str, Callable[[Result], float | None]]
-) -> list[dict[str, Any]]:
-    """A row for each run, with what the axes show of it."""
+def _rows(results: Sequence[Result], *numbers: str) -> list[dict[str, Any]]:
+    """A row for each run, with numbers under their names in metrics.json."""
     known = ("run", "group", "seed", "model", "family", "variant", "converged")
-    return [{key: getattr(r, key) for key in known} | {name: value(r) for name, value in values.items()}
+    return [{key: getattr(r, key) for key in known} | {name: r.numbers().get(name) for name in numbers}
             for r in results]
 
 

@@ -17,6 +17,7 @@ from pipeline.render import render
 from pipeline.report import Result, numbers
 from pipeline.table import Table, any_has, flop_unit, further, param_unit, summarize, tabulate
 
+
 @dataclass(frozen=True)
 class Link:
     """From a row to something of its run."""

@@ -51,11 +51,11 @@ UI = "http://127.0.0.1:5000"
 _NOTE = "mlflow.note.content"
 _TRAINING = "workflowType=machine_learning"  # the UI shows language models' traces, unless it is told otherwise
 _VIEW = "comparison"
-_COLUMNS = (
-    *(f"tags.`{name}`" for name in ("family", "variant", "recipe", "seed", "status")),
-    *(f"metrics.`{name}`" for name in ("best/top1_pct", "val/flop_agreement_pct", "complexity/gflops",
-                                       "complexity/flop_ratio", "perf/throughput_ratio", "perf/forward_img_per_s")),
-)
+_COLUMNS = {
+    "tags": ("family", "variant", "recipe", "seed", "status"),
+    "metrics": ("best/top1_pct", "val/flop_agreement_pct", "complexity/gflops", "complexity/flop_ratio",
+                "perf/throughput_ratio", "perf/forward_img_per_s"),
+}
 _BATCH = 100  # parameters that MLflow takes in one call
 _METRICS = 1000  # and metrics
 
@@ -148,9 +148,12 @@ def present(run_id: str | None, card: Path, numbers: Mapping[str, float]) -> Non
     if run_id is None:
         return
     best = {"best/top1_pct": numbers["val/top1_pct"]} if "val/top1_pct" in numbers else {}
-    log_final(run_id, best | {key: value for key, value in numbers.items() if not key.startswith("val/")}, [card])
+    known = best | {key: float(value) for key, value in numbers.items() if not key.startswith("val/")}
+    client = _client()
     with _unless_gone(run_id):
-        _client().set_tag(run_id, _NOTE, _body(card))
+        client.log_batch(run_id, metrics=_metrics(known, step=0))
+        client.log_artifact(run_id, str(card))
+        client.set_tag(run_id, _NOTE, _body(card))
 
 
 def start_sweep(experiment: Experiment, name: str, *, resume: str | None = None) -> str:
@@ -189,8 +192,9 @@ def _run_path(experiment_id: str, run_id: str) -> str:
 
 def _experiment_tags(experiment_id: str) -> dict[str, str]:
     """What makes the UI open on something useful. The saved view is as MLflow's own UI (3.17) writes it."""
-    state = {"orderByKey": "metrics.`best/top1_pct`", "orderByAsc": False, "selectedColumns": _COLUMNS,
-             "columnOrder": _COLUMNS, "columnWidths": {column: 40 + 6 * len(column) for column in _COLUMNS}}
+    widths = {f"{kind}.`{name}`": 45 + 7 * len(name) for kind, names in _COLUMNS.items() for name in names}
+    state = {"orderByKey": "metrics.`best/top1_pct`", "orderByAsc": False, "selectedColumns": list(widths),
+             "columnOrder": list(widths), "columnWidths": widths}
     view = {"name": _VIEW, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)}
     return {
         "mlflow.experimentKind": "custom_model_development",
