@@ -17,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
