@@ -67,8 +67,8 @@ def read(where: str | None) -> State:
         found = place / METRICS
         if not found.is_file():
             raise CompareError(f"{found} not found: `make repro` writes it")
-        params = place / PARAMS
-        return _state(place.resolve().name if where else "now", found.read_text(), params.read_text() if params.is_file() else "")
+        params = (place / PARAMS).read_text() if (place / PARAMS).is_file() else ""
+        return _state(place.resolve().name if where else "now", found.read_text(), params)
     assert where is not None
     return _state(where, _at(where, METRICS), _at(where, PARAMS))
 

@@ -22,6 +22,7 @@ FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)",
 MARKERS = {"X": "o", "E": "^", "H": "s", None: "D"}
 DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), None: "-."}
 VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", None: "other"}
+
 Place = tuple[float, float]
 Box = tuple[float, float, float, float]
 
@@ -174,7 +175,7 @@ def scatter(
         colour = COLOURS[result.family]
         face = colour if any(member.converged for member in members) else "white"
         seeds = f" ({along.low:.4g} to {along.high:.4g}, {along.n} seeds)" if along.n > 1 else ""
-        words = f"{label(result)}: {place[0]:.4g} {xlabel}, {place[1]:.4g}{seeds} {ylabel}"
+        words = f"{label(result)}: {xlabel} {place[0]:.4g}; {ylabel} {place[1]:.4g}{seeds}"
         axes.plot(*place, MARKERS[result.variant], color=colour, markerfacecolor=face, markersize=8, zorder=3,
                   gid=mark(result.group, words))
     _scale(axes, list(places.values()), proportional)

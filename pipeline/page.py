@@ -14,7 +14,7 @@ from pipeline import figures, findings
 from pipeline.card import card
 from pipeline.config import Experiment
 from pipeline.render import render
-from pipeline.report import Result, numbers
+from pipeline.report import Result
 from pipeline.table import Table, any_has, flop_unit, further, param_unit, summarize, tabulate
 
 
@@ -65,7 +65,8 @@ def write(
     page = reports / "index.html"
     page.write_text(render("report.html", **content), encoding="utf-8")
     (reports / "report.md").write_text(render("report.md", **content), encoding="utf-8")
-    (reports / "metrics.json").write_text(json.dumps(numbers(results), indent=2, allow_nan=False) + "\n")
+    numbers = {result.run: result.numbers() for result in results}
+    (reports / "metrics.json").write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
     return table, page
 
 

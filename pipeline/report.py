@@ -150,11 +150,6 @@ def spread(members: Sequence[Result], value: Callable[[Result], float | None]) -
     return Spread(sum(known) / len(known), min(known), max(known), len(known)) if known else None
 
 
-def numbers(results: Sequence[Result]) -> dict[str, dict[str, float | bool]]:
-    """All numbers of all runs, as metrics.json has them."""
-    return {result.run: result.numbers() for result in results}
-
-
 def _read(
     experiment: Experiment, name: str, folder: Path, complexity: Mapping[str, Any], speed: Mapping[str, Any]
 ) -> Result:

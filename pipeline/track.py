@@ -140,13 +140,11 @@ def log_final(
             client.log_artifact(run_id, str(path))
 
 
-def present(run_id: str | None, card: Path, numbers: Mapping[str, float]) -> None:
+def present(run_id: str, card: Path, numbers: Mapping[str, float]) -> None:
     """What the report knows of a run: its card, as description and file, and all its numbers.
 
     `val/top1_pct` is of the last epoch; `best/top1_pct` of the weights that were kept.
     """
-    if run_id is None:
-        return
     best = {"best/top1_pct": numbers["val/top1_pct"]} if "val/top1_pct" in numbers else {}
     known = best | {key: float(value) for key, value in numbers.items() if not key.startswith("val/")}
     client = _client()

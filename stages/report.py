@@ -22,7 +22,8 @@ def run() -> None:
     runs_url, run_urls = track.urls(experiment, [r.mlflow_run_id for r in results if r.mlflow_run_id])
     page.write(experiment, results, runs_url=runs_url, run_urls=run_urls)
     for result in results:
-        track.present(result.mlflow_run_id, page.card_of(result), result.numbers())
+        if result.mlflow_run_id in run_urls:
+            track.present(result.mlflow_run_id, page.card_of(result), result.numbers())
     logging.info("the comparison is in reports/index.html")
 
 
