@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import config, track
+from stages import ui
 
 EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "perf/img_per_s": 900.0, "lr": 1e-3}
 
@@ -97,6 +99,19 @@ def test_the_ui_opens_on_the_columns_in_which_runs_compare(
     assert shared in study.tags["mlflow.note.content"]
     local = "http://127.0.0.1:5000/"
     assert track.urls(experiment, [run_id]) == (local + shared, {run_id: local + one})
+
+
+def test_ui_says_where_the_comparison_is(
+    client: MlflowClient, experiment: config.Experiment, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("params.yaml").write_text((root / "params.yaml").read_text())
+    track.make_experiment(experiment.tracking.experiment)
+    ui.run("5987")
+    assert re.fullmatch(r"the runs: http://127\.0\.0\.1:5987/#/experiments/\d+/runs\?\S+=comparison\n",
+                        capsys.readouterr().out)
+    Path("mlflow.db").unlink()
+    ui.run()
+    assert "nothing is tracked yet" in capsys.readouterr().out
 
 
 def test_what_a_person_has_written_of_an_experiment_stays(
