@@ -36,7 +36,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import: the
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 logger = logging.getLogger(__name__)
@@ -149,9 +149,8 @@ def present(run_id: str, card: Path, numbers: Mapping[str, float]) -> None:
     known = best | {key: float(value) for key, value in numbers.items() if not key.startswith("val/")}
     client = _client()
     with _unless_gone(run_id):
-        client.log_batch(run_id, metrics=_metrics(known, step=0))
+        client.log_batch(run_id, metrics=_metrics(known, step=0), tags=[RunTag(_NOTE, _body(card))])
         client.log_artifact(run_id, str(card))
-        client.set_tag(run_id, _NOTE, _body(card))
 
 
 def start_sweep(experiment: Experiment, name: str, *, resume: str | None = None) -> str:
