@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product, zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-if TYPE_CHECKING:
-    from pipeline.report import Result
+from pipeline.pictures import STYLE, Picture, mark, picture
+from pipeline.report import Result, Spread, grouped, spread
 
 # Okabe and Ito's palette, told apart under every common colour blindness.
 COLOURS = {"vit": "#0072B2", "resmlp": "#D55E00", "convnext_iso": "#009E73", None: "#666666"}
@@ -24,22 +22,6 @@ FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)",
 MARKERS = {"X": "o", "E": "^", "H": "s", None: "D"}
 DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), None: "-."}
 VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", None: "other"}
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#777777",
-    "axes.labelcolor": "#222222",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "svg.hashsalt": "flopeq",
-}
 
 Place = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -47,19 +29,8 @@ Box = tuple[float, float, float, float]
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One figure, drawn: the same as PNG and as SVG, and a sentence that says what is seen."""
-
-    name: str
-    title: str
-    caption: str
-    png: bytes
-    svg: bytes
-
-
 def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[float, str]) -> list[Picture]:
-    """All figures of a study.
+    """All figures of a study. Seeds of one run are one point with their range, or one line with a band.
 
     Args:
         flops, params: divisor and unit of their axes, such as (1e9, "GFLOPs").
@@ -70,6 +41,9 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
 
     def gflops(result: Result) -> float | None:
         return result.flops and result.flops / per_flop
+
+    def gparams(result: Result) -> float | None:
+        return result.params and result.params / per_param
 
     def baseline_gflops(result: Result) -> float | None:
         return gflops(base[result.baseline]) if result.baseline else None
@@ -84,7 +58,8 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                 "accuracy_vs_flops",
                 "Accuracy against FLOPs",
                 "Validation top-1 by the FLOPs of a forward pass (the paper's figure 1). Thin lines join "
-                "E(X) and H(X) to their X. Hollow: did not converge; far below the rest, at the edge.",
+                "E(X) and H(X) to their X. Hollow: did not converge; far below the rest, at the edge."
+                + " Bars: from the lowest to the highest of several seeds." * (len(grouped(results)) < len(results)),
                 scatter(
                     results,
                     gflops,
@@ -94,6 +69,7 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     label=lambda r: r.label if edge(r) == r.top1_pct else f"{r.label} at {r.top1_pct:.0f}%",
                     join=True,
                 ),
+                _rows(results, "complexity/gflops", "val/top1_pct"),
             ),
             picture(
                 "flops_vs_params",
@@ -101,12 +77,13 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                 "On one line through the origin, the work per parameter is the same (the paper's figure 5).",
                 scatter(
                     results,
-                    lambda r: r.params and r.params / per_param,
+                    gparams,
                     gflops,
                     f"parameters ({param_unit})",
                     f"{flop_unit} per image",
                     proportional=True,
                 ),
+                _rows(results, "complexity/params_m", "complexity/gflops"),
             ),
             picture(
                 "throughput_gain",
@@ -121,14 +98,26 @@ def draw(results: Sequence[Result], flops: tuple[float, str], params: tuple[floa
                     "throughput gain over X (%)",
                     zero=True,
                 ),
+                _rows(results, "complexity/gflops", "complexity/flop_ratio", "perf/throughput_ratio"),
             ),
             picture(
                 "training_curves",
                 "Training curves",
-                "Validation top-1 and training loss after each epoch.",
+                "Validation top-1 and training loss after each epoch."
+                + " Bands: from the lowest to the highest of several seeds." * (len(grouped(results)) < len(results)),
                 _curves(results),
+                [{"run": r.run, "group": r.group, "seed": r.seed, "epoch": int(row["epoch"]) + 1,
+                  "val/top1_pct": row["val/top1_pct"], "train/loss": row["train/loss"]}
+                 for r in results for row in r.history],
             ),
         ]
+
+
+def _rows(results: Sequence[Result], *numbers: str) -> list[dict[str, Any]]:
+    """A row for each run, with numbers under their names in metrics.json."""
+    known = ("run", "group", "seed", "model", "family", "variant", "converged")
+    return [{key: getattr(r, key) for key in known} | {name: r.numbers().get(name) for name in numbers}
+            for r in results]
 
 
 def _above_edge(results: Sequence[Result]) -> Callable[[Result], float | None]:
@@ -136,14 +125,6 @@ def _above_edge(results: Sequence[Result]) -> Callable[[Result], float | None]:
     good = [r.top1_pct for r in results if r.converged and r.top1_pct is not None]
     edge = min(good) - max(1.0, 0.4 * (max(good) - min(good))) if good else 0.0
     return lambda r: r.top1_pct if r.top1_pct is None or r.converged else max(r.top1_pct, edge)
-
-
-def picture(name: str, title: str, caption: str, figure: Figure) -> Picture:
-    """The figure as PNG and as SVG."""
-    png, svg = io.BytesIO(), io.BytesIO()
-    figure.savefig(png, format="png", dpi=160)
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return Picture(name, title, caption, png.getvalue(), svg.getvalue())
 
 
 def scatter(
@@ -158,7 +139,7 @@ def scatter(
     proportional: bool = False,
     zero: bool = False,
 ) -> Figure:
-    """A point for each run.
+    """A point for each run, or for all seeds of one, with a bar from their lowest to their highest.
 
     Args:
         label: what is written beside it.
@@ -169,39 +150,60 @@ def scatter(
     figure = Figure(figsize=(5.4, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    places = {r.run: (px, py) for r in results if (px := x(r)) is not None and (py := y(r)) is not None}
-    drawn = [result for result in results if result.run in places]
+    drawn, places = [], {}
+    for members in grouped(results):
+        across, along = spread(members, x), spread(members, y)
+        if across is not None and along is not None:
+            drawn.append((members, along))
+            places |= {member.run: (across.mean, along.mean) for member in members}
     if not drawn:
         return _nothing(figure, axes)
     if zero:
         axes.axhline(0, color="#999999", linewidth=1)
     lines = []
-    for result in drawn:
+    for (result, *_), along in drawn:
         colour = COLOURS[result.family]
         if join and result.baseline in places:
             lines.append((places[result.baseline], places[result.run]))
             axes.plot(*zip(*lines[-1], strict=True), color=colour, linewidth=1, alpha=0.4, zorder=1)
-        face = colour if result.converged else "white"
-        marker = MARKERS[result.variant]
-        axes.plot(*places[result.run], marker, color=colour, markerfacecolor=face, markersize=8, zorder=3)
+        if along.low < along.high:
+            at = places[result.run][0]
+            axes.plot([at, at], [along.low, along.high], color=colour, linewidth=1.5, marker="_", zorder=2)
+            lines.append(((at, along.low), (at, along.high)))
+    for members, along in drawn:
+        result, place = members[0], places[members[0].run]
+        colour = COLOURS[result.family]
+        face = colour if any(member.converged for member in members) else "white"
+        seeds = f" ({along.low:.4g} to {along.high:.4g}, {along.n} seeds)" if along.n > 1 else ""
+        words = f"{label(result)}: {xlabel} {place[0]:.4g}; {ylabel} {place[1]:.4g}{seeds}"
+        axes.plot(*place, MARKERS[result.variant], color=colour, markerfacecolor=face, markersize=8, zorder=3,
+                  gid=mark(result.group, words))
     _scale(axes, list(places.values()), proportional)
-    _key(figure, drawn)
-    _label(figure, axes, [(label(r), places[r.run], COLOURS[r.family]) for r in drawn], lines)
+    shown = [members[0] for members, _ in drawn]
+    _key(figure, shown)
+    _label(figure, axes, [(label(r), places[r.run], COLOURS[r.family]) for r in shown], lines)
     return figure
 
 
 def _curves(results: Sequence[Result]) -> Figure:
     figure = Figure(figsize=(5.4, 6.6), layout="constrained")
     top1, loss = figure.subplots(2, 1, sharex=True)
-    drawn = [result for result in results if result.history]
+    drawn = [known for members in grouped(results) if (known := [r for r in members if r.history])]
     for axes, column in ((top1, "val/top1_pct"), (loss, "train/loss")):
-        for result in drawn:
+        for members in drawn:
+            result, curve = members[0], [_spread_at(members, column, epoch) for epoch in range(_epochs(members))]
+            colour, epochs = COLOURS[result.family], range(1, len(curve) + 1)
+            if len(members) > 1:
+                axes.fill_between(epochs, [at.low for at in curve], [at.high for at in curve], color=colour, alpha=0.15,
+                                  linewidth=0)
+            words = f"{result.label}: {curve[-1].mean:.4g} after {len(curve)} epochs, best {_best(curve, column):.4g}"
             axes.plot(
-                [row["epoch"] + 1 for row in result.history],
-                [row[column] for row in result.history],
-                color=COLOURS[result.family],
+                epochs,
+                [at.mean for at in curve],
+                color=colour,
                 linestyle=DASHES[result.variant],
                 linewidth=1.7,
+                gid=mark(result.group, words),
             )
     top1.set(ylabel="validation top-1 (%)")
     loss.set(xlabel="epoch", ylabel="training loss")
@@ -209,10 +211,26 @@ def _curves(results: Sequence[Result]) -> Figure:
         return _nothing(figure, top1)
     handles = [
         Line2D([], [], color=COLOURS[r.family], linestyle=DASHES[r.variant], linewidth=1.7, label=r.label)
-        for r in drawn
+        for r, *_ in drawn
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5, handlelength=2.6)
     return figure
+
+
+def _epochs(members: Sequence[Result]) -> int:
+    """How many epochs all of them have."""
+    return min(len(member.history) for member in members)
+
+
+def _spread_at(members: Sequence[Result], column: str, epoch: int) -> Spread:
+    """Of a column of history.csv, over the members."""
+    values = [member.history[epoch][column] for member in members]
+    return Spread(sum(values) / len(values), min(values), max(values), len(values))
+
+
+def _best(curve: Sequence[Spread], column: str) -> float:
+    best = min if column.endswith("loss") else max
+    return best(at.mean for at in curve)
 
 
 def _nothing(figure: Figure, axes: Axes) -> Figure:

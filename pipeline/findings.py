@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline import pareto, sweep_figures
-from pipeline.figures import Picture
+from pipeline.pictures import Picture
+from pipeline.table import NOTHING, Cell, Row, Table
 
 
 @dataclass(frozen=True)
 class Section:
-    """A sweep in the report: every cell is text."""
+    """A sweep in the report."""
 
     title: str
     sentences: tuple[str, ...]
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    table: Table
     pictures: tuple[Picture, ...]
 
 
@@ -43,18 +44,18 @@ def _recipe(findings: Mapping[str, Any], pictures: tuple[Picture, ...]) -> Secti
                 continue
             told = [value for value in found["confirmed"]["start" if side == "own" else "best"] if value is not None]
             rows.append((
-                f"{run}, {word}", _top1(found[side]["top1_pct"]), spread(told) if told else "–",
+                f"{run}, {word}", _top1(found[side]["top1_pct"]), spread(told) if told else NOTHING,
                 *(_value(found[side]["params"].get(field)) for field in fields), states if side == "own" else "",
             ))
     columns = ("run", "top-1, search", "top-1, further seeds", *fields, "trials")
     sentences = tuple(f"{run}: {tuned(found)}." for run, found in findings.items())
-    return Section("Recipe sweep", sentences, columns, tuple(rows), pictures)
+    return Section("Recipe sweep", sentences, _table(columns, rows), pictures)
 
 
 def _hybrid(findings: Mapping[str, Any], pictures: tuple[Picture, ...]) -> Section:
     rows = tuple(
         (
-            f"{row['run']}, k = {row['k']}", _top1(row["top1_pct"]), spread(row["top1"]) if row["top1"] else "–",
+            f"{row['run']}, k = {row['k']}", _top1(row["top1_pct"]), spread(row["top1"]) if row["top1"] else NOTHING,
             f"{row['params']:,}", f"{row['flops']:,}", f"{row['flop_fraction']:.2f}", f"{row['img_per_s']:,.0f}",
             "yes" if row["on_front"] else "no",
         )
@@ -63,7 +64,21 @@ def _hybrid(findings: Mapping[str, Any], pictures: tuple[Picture, ...]) -> Secti
     columns = ("run, equivariant blocks", "top-1, mean", "top-1, range", "params", "FLOPs", "of X's FLOPs", "images/s",
                "Pareto front")
     sentences = tuple(f"{run}: {split(found)}." for run, found in findings["runs"].items())
-    return Section("Split sweep", sentences, columns, rows, pictures)
+    return Section("Split sweep", sentences, _table(columns, rows), pictures)
+
+
+def _table(columns: tuple[str, ...], rows: Sequence[Sequence[str]]) -> Table:
+    """Cells are sorted by the number that they begin with; the first by its words. They begin with their run's name."""
+    cells = [(Cell(first, first), *(Cell(text, _order(text)) for text in rest)) for first, *rest in rows]
+    return Table((), columns, tuple(Row(row[0].text.partition(",")[0], row) for row in cells), num_text_columns=1)
+
+
+def _order(text: str) -> float | str | None:
+    number = re.match(r"[-+\d.,e]+", text)
+    try:
+        return float(number[0].replace(",", "")) if number else None if text in ("", NOTHING) else text
+    except ValueError:
+        return text
 
 
 def tuned(finding: Mapping[str, Any]) -> str:
@@ -111,7 +126,7 @@ def split(found: Mapping[str, Any]) -> str:
 
 
 def _top1(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}%"
+    return NOTHING if value is None else f"{value:.1f}%"
 
 
 def _value(value: Any) -> str:

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pipeline.figures import STYLE, Picture, picture
+from pipeline.pictures import STYLE, Picture, mark, picture
 
 IMPORTANCE = "fANOVA"
 """Whose measure of importance it is."""
@@ -31,13 +31,15 @@ def recipe(folder: Path) -> list[Picture]:
             picture("sweep_history", "Recipe sweep: history",
                     "Best validation top-1 of every trial in the order of the plan; the line is the best so far among "
                     "those trained to their end. Hollow: stopped early; crosses: diverged or failed; squares: under "
-                    "further seeds.", _history(trials, list(findings))),
+                    "further seeds.", _history(trials, list(findings)), trials),
             picture("sweep_importance", "Recipe sweep: parameter importance",
                     f"Share of each field in the variance of top-1 over the trials, by Optuna's {IMPORTANCE}. With few "
-                    "trials this is a hint.", _importance(findings)),
+                    "trials this is a hint.", _importance(findings),
+                    [{"run": run, "field": field, "importance": share}
+                     for run, found in findings.items() for field, share in found["importance"].items()]),
             picture("sweep_parallel", "Recipe sweep: parallel coordinates",
                     "Every trial of the search as a line through its values, light to dark by top-1; dashed: the run's "
-                    "own recipe.", _parallel(trials, findings)),
+                    "own recipe.", _parallel(trials, findings), [trial for trial in trials if not trial["confirms"]]),
         ]
 
 
@@ -51,6 +53,7 @@ def hybrid(folder: Path) -> list[Picture]:
             "sweep_pareto", "Split sweep: accuracy against FLOPs",
             "Validation top-1 by FLOPs for every number k of equivariant blocks: the mean over the seeds, bars from "
             "the lowest to the highest. Filled points and the line are the Pareto front of their family.", _front(rows),
+            [{**row, "top1": " ".join(map(str, row["top1"]))} for row in rows],
         )]
 
 
@@ -64,11 +67,12 @@ def _history(trials: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> Figure
             value = trial["top1_pct"]
             if value is None:
                 continue
+            words = mark(run, f"{trial['trial']}, {trial['state']}: top-1 {value:.1f}%")
             if trial["state"] in ("diverged", "failed"):
-                axes.plot(number, value, "x", color=colour)
+                axes.plot(number, value, "x", color=colour, gid=words)
                 continue
             face = colour if trial["state"] == "finished" else "white"
-            axes.plot(number, value, "s" if trial["confirms"] else "o", color=colour, markerfacecolor=face)
+            axes.plot(number, value, "s" if trial["confirms"] else "o", color=colour, markerfacecolor=face, gid=words)
             if trial["state"] == "finished" and not trial["confirms"]:
                 best = max(value, best or value)
                 line.append((number, best))
@@ -108,6 +112,8 @@ def _parallel(trials: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]) 
                 range(len(fields)), [scales[field][0][trial.get(field, "")] for field in fields],
                 color=matplotlib.colormaps["Blues"](0.25 + 0.75 * shade), linestyle="--" if number == 0 else "-",
                 linewidth=1.2 + shade, zorder=2 + shade,
+                gid=mark(trial["trial"], f"{trial['trial']}: top-1 {trial['top1_pct']:.1f}%; "
+                         + ", ".join(f"{field} {trial.get(field) or 'default'}" for field in fields)),
             )
         for place, field in enumerate(fields):
             for height, text in zip((-0.02, 1.02), scales[field][1], strict=True):
@@ -122,8 +128,6 @@ def _parallel(trials: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]) 
 
 def _scale(values: Sequence[str], log: bool) -> tuple[dict[str, float], tuple[str, str]]:
     """Each value's height from 0 to 1, and the words at both ends; words that are no numbers by their order."""
-
-
     known = sorted(set(values))
     try:
         numbers = {value: math.log(float(value)) if log else float(value) for value in known}
@@ -150,7 +154,10 @@ def _front(rows: Sequence[Mapping[str, Any]]) -> Figure:
         for row in of:
             x, y = row["flops"] / unit, row["top1_pct"]
             axes.plot([x, x], [min(row["top1"]), max(row["top1"])], color=colour, linewidth=1, alpha=0.6)
-            axes.plot(x, y, "o", color=colour, markerfacecolor=colour if row["on_front"] else "white")
+            words = (f"{run}, k = {row['k']}: {x:.4g} {name}, top-1 {y:.1f}% "
+                     f"({min(row['top1']):.1f} to {max(row['top1']):.1f}, {len(row['top1'])} seeds)")
+            axes.plot(x, y, "o", color=colour, markerfacecolor=colour if row["on_front"] else "white",
+                      gid=mark(run, words))
             axes.annotate(f"k={row['k']}", (x, y), (5, 4), textcoords="offset points", fontsize=8, color=colour)
         handles.append(Line2D([], [], color=colour, marker="o", label=run))
     axes.set(xlabel=f"{name} per image", ylabel="validation top-1 (%)")

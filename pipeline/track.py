@@ -4,6 +4,9 @@ The only file that imports mlflow. A run is `start_run`, `log_epoch` per epoch, 
 that come later write into it by the id that `outputs/<run>/run.json` keeps. Numbers that cannot be written
 because the database was deleted meanwhile are worth a warning, never the training.
 
+The UI knows nothing of our metrics by itself. So the experiment carries a saved view, with the columns in which runs
+compare, and `urls` has the address that opens on it.
+
 Without MLFLOW_TRACKING_URI everything lies in the working directory, the repository's root: `mlflow.db`
 (sqlite) and `mlartifacts/`. A process that works elsewhere, such as a Ray worker, sets MLFLOW_TRACKING_URI to
 the driver's `uri()`.
@@ -33,7 +36,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import: the
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 logger = logging.getLogger(__name__)
@@ -43,6 +46,16 @@ AVERAGE_METRICS = ("val/ema_top1_pct", "val/ema_top5_pct")
 Status = Literal["finished", "stopped", "diverged", "failed", "interrupted"]
 _STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "diverged": "FAILED", "failed": "FAILED",
            "interrupted": "KILLED"}
+UI = "http://127.0.0.1:5000"
+"""Where `make ui` shows what a file holds."""
+_NOTE = "mlflow.note.content"
+_TRAINING = "workflowType=machine_learning"  # the UI shows language models' traces, unless it is told otherwise
+_VIEW = "comparison"
+_COLUMNS = {
+    "tags": ("family", "variant", "recipe", "seed", "status"),
+    "metrics": ("best/top1_pct", "val/flop_agreement_pct", "complexity/gflops", "complexity/flop_ratio",
+                "perf/throughput_ratio", "perf/forward_img_per_s"),
+}
 _BATCH = 100  # parameters that MLflow takes in one call
 _METRICS = 1000  # and metrics
 
@@ -56,6 +69,19 @@ def run_id(run_name: str, outputs: Path = Path("outputs")) -> str | None:
     """The MLflow run that `train@<run_name>` made, from its run.json; None where it made none."""
     path = outputs / run_name / "run.json"
     return json.loads(path.read_text()).get("mlflow_run_id") if path.is_file() else None
+
+
+def urls(experiment: Experiment, run_ids: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+    """Where the UI shows the study's runs side by side, and each run; (None, {}) where nothing was ever tracked.
+
+    The UI is the tracking server's, or that of `make ui`.
+    """
+    database = uri().removeprefix("sqlite:///")
+    if database != uri() and not Path(database).is_file():
+        return None, {}
+    server = uri().rstrip("/") if uri().startswith("http") else UI
+    id_ = _experiment_id(_client(), experiment.tracking.experiment)
+    return f"{server}/{_view_path(id_)}", {run_id: f"{server}/{_run_path(id_, run_id)}" for run_id in run_ids}
 
 
 def make_experiment(name: str) -> None:
@@ -114,6 +140,19 @@ def log_final(
             client.log_artifact(run_id, str(path))
 
 
+def present(run_id: str, card: Path, numbers: Mapping[str, float]) -> None:
+    """What the report knows of a run: its card, as description and file, and all its numbers.
+
+    `val/top1_pct` is of the last epoch; `best/top1_pct` of the weights that were kept.
+    """
+    best = {"best/top1_pct": numbers["val/top1_pct"]} if "val/top1_pct" in numbers else {}
+    known = best | {key: float(value) for key, value in numbers.items() if not key.startswith("val/")}
+    client = _client()
+    with _unless_gone(run_id):
+        client.log_batch(run_id, metrics=_metrics(known, step=0), tags=[RunTag(_NOTE, _body(card))])
+        client.log_artifact(run_id, str(card))
+
+
 def start_sweep(experiment: Experiment, name: str, *, resume: str | None = None) -> str:
     """A new MLflow run for a sweep of the experiment, with its settings, or `resume` reopened."""
     client = _client()
@@ -140,6 +179,33 @@ def finish(run_id: str, status: Status) -> None:
         _client().set_terminated(run_id, _STATUS[status])
 
 
+def _view_path(experiment_id: str) -> str:
+    return f"#/experiments/{experiment_id}/runs?{_TRAINING}&viewStateShareKey={_VIEW}"
+
+
+def _run_path(experiment_id: str, run_id: str) -> str:
+    return f"#/experiments/{experiment_id}/runs/{run_id}?{_TRAINING}"
+
+
+def _experiment_tags(experiment_id: str) -> dict[str, str]:
+    """What makes the UI open on something useful. The saved view is as MLflow's own UI (3.17) writes it."""
+    widths = {f"{kind}.`{name}`": 45 + 7 * len(name) for kind, names in _COLUMNS.items() for name in names}
+    state = {"orderByKey": "metrics.`best/top1_pct`", "orderByAsc": False, "selectedColumns": list(widths),
+             "columnOrder": list(widths), "columnWidths": widths}
+    view = {"name": _VIEW, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)}
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        f"mlflow.sharedViewState.{_VIEW}": json.dumps(view),
+        _NOTE: f"[Compare the runs]({_view_path(experiment_id)}): accuracy, FLOPs and throughput of X, E(X) and H(X). "
+               "A run's description is its model card, and its artifacts are configuration and weights.",
+    }
+
+
+def _body(card: Path) -> str:
+    """A card without the header for hubs."""
+    return card.read_text(encoding="utf-8").partition("\n---\n")[2]
+
+
 def _create(
     client: MlflowClient, experiment: Experiment, name: str, params: Mapping[str, str], tags: Mapping[str, str]
 ) -> str:
@@ -156,10 +222,12 @@ def _client() -> MlflowClient:
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
     known = client.get_experiment_by_name(name)
-    if known is not None:
-        return known.experiment_id
     ours = None if os.environ.get("MLFLOW_TRACKING_URI") else (Path.cwd() / "mlartifacts").as_uri()
-    return client.create_experiment(name, artifact_location=ours)
+    id_ = known.experiment_id if known else client.create_experiment(name, artifact_location=ours)
+    for key, value in _experiment_tags(id_).items():
+        if not known or key not in known.tags:  # what a person has changed stays so
+            client.set_experiment_tag(id_, key, value)
+    return id_
 
 
 def _reopen(client: MlflowClient, run_id: str) -> bool:
@@ -198,15 +266,20 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _identity(experiment: Experiment, run_name: str) -> dict[str, str]:
     info = describe(experiment.run(run_name).model)
     known = {key: getattr(info, key) for key in ("paper_name", "family", "size", "variant")} if info else {}
-    return {**known, "seed": str(experiment.seed_of(run_name))}
+    name, recipe = info.paper_name if info else experiment.run(run_name).model, experiment.run(run_name).recipe
+    seed = str(experiment.seed_of(run_name))
+    note = f"{name} on {experiment.data.name}, recipe {recipe}, seed {seed}. Its card comes with the report."
+    return {**known, "recipe": recipe, "seed": seed, _NOTE: note}
 
 
 def _provenance() -> dict[str, str]:
     """State of code, data and packages; "dirty" leaves out dvc.lock, which `dvc repro` itself rewrites."""
     lock = Path("dvc.lock")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
+    commit = _git("rev-parse", "HEAD") or "unknown"
     return {
-        "git_commit": _git("rev-parse", "HEAD") or "unknown",
+        "git_commit": commit,
+        "mlflow.source.git.commit": commit,  # the UI's column "Version"
         "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
         "dvc_lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "none",
         "versions.python": platform.python_version(),

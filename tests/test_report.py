@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import json
 import math
 import re
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import committed
 import pytest
 import yaml
 
-from pipeline import config, figures, report
+from pipeline import card, compare, config, figures, findings, page, report, table
+from stages import compare as compare_stage
 from stages import report as report_stage
 
 ROOT = Path(__file__).parent.parent
@@ -141,8 +143,8 @@ def collect(folder: Path, experiment: config.Experiment) -> dict[str, report.Res
 
 
 def cells(folder: Path, experiment: config.Experiment) -> dict[str, dict[str, str]]:
-    table = report.tabulate(list(collect(folder, experiment).values()))
-    return {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    compared = table.tabulate(list(collect(folder, experiment).values()))
+    return {row[0]: dict(zip(compared.columns, row, strict=True)) for row in compared.texts}
 
 
 def test_table_compares_each_run_with_its_baseline(tmp_path: Path) -> None:
@@ -199,10 +201,10 @@ def test_ema_real_and_further_sets_have_columns_where_a_run_was_measured_so(tmp_
     assert [rows["e-vit"][column] for column in columns] == ["96.4", "99.7", "97.2", "84.3", "95.1"]
     assert [rows["vit"][column] for column in columns] == ["–"] * 5
     assert rows["vit"].keys() - plain["vit"].keys() == set(columns)
-    assert ("further validation", 2) in report.tabulate(results).groups
+    assert ("further validation", 2) in table.tabulate(results).groups
 
-    _, page = report.write(experiment, results, tmp_path / "reports")
-    assert "Beyer et al. 2020" in page.read_text() and "v2 top‑1 %" in page.read_text()
+    _, written = page.write(experiment, results, tmp_path / "reports")
+    assert "Beyer et al. 2020" in written.read_text() and "v2 top‑1 %" in written.read_text()
     numbers = json.loads((tmp_path / "reports/metrics.json").read_text())
     assert more.items() <= numbers["e-vit"].items()
 
@@ -214,12 +216,12 @@ def test_runs_that_did_not_converge_get_a_dagger_and_a_footnote(tmp_path: Path) 
     for path in (tmp_path / "outputs/e-convnext").iterdir():
         path.unlink()
     results = list(collect(tmp_path, experiment).values())
-    table, page = report.write(experiment, results, tmp_path / "reports")
-    daggers = [row[0] for row in table.rows if "†" in row[0]]
+    compared, written = page.write(experiment, results, tmp_path / "reports")
+    daggers = [row[0] for row in compared.texts if "†" in row[0]]
     assert daggers == ["e-vit †", "resmlp †", "e-convnext †"]
-    assert "e-vit did not converge: it diverged" in table.footnotes[0]
-    assert len(table.footnotes) == 3
-    assert all(note in html.unescape(page.read_text()) for note in table.footnotes)
+    assert "e-vit did not converge: it diverged" in compared.footnotes[0]
+    assert len(compared.footnotes) == 3
+    assert all(note in html.unescape(written.read_text()) for note in compared.footnotes)
     numbers = json.loads((tmp_path / "reports/metrics.json").read_text())
     assert numbers["e-vit"]["converged"] is False and numbers["vit"]["converged"] is True
     assert "equivariance/max_rel_error" not in numbers["e-vit"]
@@ -228,32 +230,216 @@ def test_runs_that_did_not_converge_get_a_dagger_and_a_footnote(tmp_path: Path) 
 def test_nothing_measured_is_a_report_too(tmp_path: Path) -> None:
     experiment = fabricate(tmp_path)
     results = report.collect(experiment, tmp_path / "nowhere", tmp_path / "nowhere")
-    table, page = report.write(experiment, results, tmp_path / "reports")
-    assert page.is_file() and all("†" in row[0] for row in table.rows)
+    compared, written = page.write(experiment, results, tmp_path / "reports")
+    assert written.is_file() and all("†" in row[0] for row in compared.texts)
 
 
-def test_page_is_self_contained_and_the_same_for_the_same_numbers(tmp_path: Path) -> None:
-    experiment = fabricate(tmp_path)
-    results = list(collect(tmp_path, experiment).values())
-    _, page = report.write(experiment, results, tmp_path / "reports")
-    _, again = report.write(experiment, results, tmp_path / "again")
-    content = page.read_text()
-    assert content == again.read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(", content)
-    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', content)
-    assert len(images) == 4 and all(b"<svg" in base64.b64decode(image) for image in images)
-    pngs = {path.stem for path in (tmp_path / "reports").glob("*.png")}
+@dataclass(frozen=True)
+class Written:
+    """A report of seven runs in an experiment with a bold name, of which one has its files and all their MLflow run."""
+
+    folder: Path
+    experiment: config.Experiment
+    results: list[report.Result]
+    content: str
+    url: str = "http://127.0.0.1:5000/#/a?b&c"
+
+    @property
+    def reports(self) -> Path:
+        return self.folder / "reports"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp("written")
+    experiment = fabricate(folder).model_copy(update={"tracking": config.Tracking(experiment="<b>digits</b>")})
+    for file in ("config.yaml", "weights.safetensors"):
+        (folder / "outputs/vit" / file).touch()
+    results = list(collect(folder, experiment).values())
+    return Written(folder, experiment, results, _write(folder, experiment, results))
+
+
+def _write(folder: Path, experiment: config.Experiment, results: list[report.Result]) -> str:
+    _, path = page.write(experiment, results, folder / "reports", outputs=folder / "outputs",
+                         run_urls={"0" * 32: Written.url})
+    return path.read_text()
+
+
+def test_page_is_self_contained_and_the_same_for_the_same_numbers(written: Written) -> None:
+    content = written.content
+    assert content == _write(written.folder, written.experiment, written.results)
+    assert not re.search(r"\bsrc=|@import|url\((?!#)|<link", content)
+    ids = re.findall(r'\bid="([^"]*)"', content)
+    assert len(ids) == len(set(ids)) and content.count("<svg ") == 4
+    assert set(re.findall(r'(?:href="|url\()#([\w-]+)', content)) <= set(ids)
+    pngs = {path.stem for path in (written.reports / "figures").glob("*.png")}
     assert pngs == {"accuracy_vs_flops", "flops_vs_params", "throughput_gain", "training_curves"}
-    assert (tmp_path / "reports/report.md").read_text().count("\n| ") == 2 + len(results)
+    assert (written.reports / "report.md").read_text().count("\n| ") == 2 + len(written.results)
 
 
-def test_names_that_look_like_markup_are_text(tmp_path: Path) -> None:
+def test_every_link_leads_somewhere_and_every_figure_has_its_data(written: Written) -> None:
+    links = [html.unescape(link) for link in re.findall(r'<a href="([^"]+)"', written.content)]
+    assert links.count(written.url) == len(written.results)
+    files = [link for link in links if not link.startswith("http")]
+    assert all((written.reports / file).resolve().is_file() for file in files)
+    assert {"../outputs/vit/config.yaml", "../outputs/vit/weights.safetensors", "cards/e-vit.md"} <= set(files)
+    assert "../outputs/e-vit/config.yaml" not in files
+    for name in ("accuracy_vs_flops", "flops_vs_params", "throughput_gain", "training_curves"):
+        assert {f"figures/{name}.csv", f"figures/{name}.png"} <= set(files)
+    with (written.reports / "figures/accuracy_vs_flops.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert {run: float(row["val/top1_pct"]) for run, row in rows.items()} == TOP1
+    assert float(rows["e-vit"]["complexity/gflops"]) == 0.0012
+
+
+def test_table_can_be_sorted_and_marks_say_what_they_are_without_a_script(written: Written) -> None:
+    content = written.content
+    assert (ROOT / "pipeline/page.js").read_text().strip() in content and '<table class="sortable">' in content
+    assert '<th scope="row" class="word" data-order="vit">vit</th>' in content
+    assert re.search(r'data-order="98\.6">98\.6<', content)
+    marks = re.findall(r'<g class="mark" data-run="([^"]+)"><title>([^<]+)</title>', content)
+    assert {run for run, _ in marks} == set(TOP1)
+    assert ("e-vit", "e-vit: MFLOPs per image 1.2; validation top-1 (%) 96.1") in marks
+
+
+def test_names_that_look_like_markup_are_text(written: Written) -> None:
+    assert "<b>digits" not in written.content and "&lt;b&gt;digits" in written.content
+
+
+def test_seeds_are_one_row_with_their_spread_and_one_point(tmp_path: Path) -> None:
+    models = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]
+    experiment = fabricate(tmp_path, {f"{run}-seed{seed}": {**models[run], "seed": seed}
+                                      for run in ("vit", "e-vit") for seed in (1, 2)})
+    for seed, top1 in ((1, 95.1), (2, 20.0)):
+        path = tmp_path / f"outputs/e-vit-seed{seed}/metrics.json"
+        _dump(path, **{**json.loads(path.read_text()), "val/top1_pct": top1, "converged": seed == 1})
+    results = list(collect(tmp_path, experiment).values())
+    compared = table.tabulate(results)
+    rows = {row[0]: dict(zip(compared.columns, row, strict=True)) for row in compared.texts}
+    assert list(rows)[:8] == ["vit, 3 seeds", "vit", "vit-seed1", "vit-seed2",
+                              "e-vit, 2 of 3 seeds", "e-vit", "e-vit-seed1", "e-vit-seed2 †"]
+    pooled = rows["e-vit, 2 of 3 seeds"]
+    assert (pooled["top-1 %"], pooled["MFLOPs"], pooled["variant"]) == ("95.6 (95.1–96.1)", "1.20", "E")
+    assert [len(block) for block in compared.blocks] == [4, 4, 1, 1, 1, 1, 1]
+    assert "e-vit, 2 of 3 seeds: 0.55 of the FLOPs of vit" in table.summarize(results)[0]
+    assert "top-1 95.6% (95.1–96.1) against 97.5% (97.0–98.6)" in table.summarize(results)[0]
+    assert {result.baseline for result in results if result.group == "e-vit"} == {"vit", "vit-seed1", "vit-seed2"}
+
+    drawn = {picture.name: picture for picture in figures.draw(results, (1e6, "MFLOPs"), (1e3, "k"))}
+    accuracy = drawn["accuracy_vs_flops"]
+    assert accuracy.svg.count('class="mark"') == len(TOP1) and "several seeds" in accuracy.caption
+    assert "95.6 (95.1 to 96.1, 2 seeds)" in accuracy.svg
+    assert len(accuracy.csv.splitlines()) == 1 + len(results)
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_no_group(tmp_path: Path) -> None:
+    vit = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]["vit"]
+    wide = {**vit, "args": {**vit["args"], "embed_dim": 128}, "seed": 1}
+    results = collect(tmp_path, fabricate(tmp_path, {"vit-wide": wide, "vit-again": {**vit, "seed": 5}}))
+    groups = {run: result.group for run, result in results.items()}
+    assert (groups["vit-wide"], groups["vit-again"], groups["e-vit"]) == ("vit-wide", "vit", "e-vit")
+
+
+def test_sweeps_have_tables_that_sort_by_number_and_figures_with_data(tmp_path: Path) -> None:
+    trial = {"top1_pct": 90.0, "params": {"lr": 1e-3}, "is_own": False}
+    found = {"vit": {"own": trial, "best": {**trial, "top1_pct": 91.0}, "states": {"finished": 2},
+                     "confirmed": {"seeds": [], "start": [], "best": []}, "importance": {"lr": 1.0},
+                     "log_fields": ["lr"], "beyond_spread": False}}
+    split = {"run": "h-vit", "k": 1, "top1_pct": 90.0, "top1": [89.0, 91.0], "params": 12_345, "flops": 2_000_000,
+             "flop_fraction": 0.7, "img_per_s": 1234.5, "on_front": True}
+    for folder in ("recipe", "hybrid"):
+        (tmp_path / folder).mkdir()
+    _dump(tmp_path / "recipe/findings.json", **found)
+    _dump(tmp_path / "hybrid/findings.json", splits=[split], runs={})
+    with (tmp_path / "recipe/trials.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "run", "state", "top1_pct", "confirms", "lr"])
+        writer.writerows([["vit-0", "vit", "finished", 90.0, 0, 1e-3], ["vit-1", "vit", "stopped", 91.0, 0, 2e-3]])
+
+    recipe, hybrid = findings.sections(tmp_path)
+    pictures = {picture.name: picture for section in (recipe, hybrid) for picture in section.pictures}
+    assert list(pictures) == ["sweep_history", "sweep_importance", "sweep_parallel", "sweep_pareto"]
+    assert all(len(picture.csv.splitlines()) > 1 for picture in pictures.values())
+    assert "<title>vit-1, stopped: top-1 91.0%</title>" in pictures["sweep_history"].svg
+    assert "<title>h-vit, k = 1: 2 MFLOPs, top-1 90.0% (89.0 to 91.0, 2 seeds)</title>" in pictures["sweep_pareto"].svg
+    cells = dict(zip(hybrid.table.columns, hybrid.table.rows[0].cells, strict=True))
+    assert (cells["params"].text, cells["params"].order) == ("12,345", 12_345.0)
+    assert (cells["top-1, mean"].order, cells["Pareto front"].order) == (90.0, "yes")
+
+
+def test_card_says_what_the_model_is_and_does(tmp_path: Path) -> None:
     experiment = fabricate(tmp_path)
-    tracking = config.Tracking(experiment="<b>digits</b>")
-    results = report.collect(experiment, tmp_path / "outputs", tmp_path / "reports")
-    experiment = experiment.model_copy(update={"tracking": tracking})
-    _, page = report.write(experiment, results, tmp_path / "reports")
-    assert "<b>digits" not in page.read_text()
+    diverge(tmp_path / "outputs/h-vit")
+    results = collect(tmp_path, experiment)
+    _, header, text = card.card(results["e-vit"], experiment).split("---\n", 2)
+    assert yaml.safe_load(header)["library_name"] == "timm"
+    assert "`flop_deit3_small_patch16_224`" in text and "embed_dim=64" in text and "| top-1 | 96.1 % |" in text
+    assert "Equivariant to horizontal mirroring" in text and "| 3.1e-07 |" in text
+    assert "| lr | 0.002 |" in text and "Workers: 1, of 1 CPU cores" in text and "## Intended use" in text
+    assert "did not converge" not in text
+    failed = card.card(results["h-vit"], experiment)
+    assert "**It did not converge: it diverged" in failed and "A hybrid" in failed
+    unmeasured = report.collect(experiment, tmp_path / "nowhere", tmp_path / "nowhere")[0]
+    assert "no validation accuracy" in card.card(unmeasured, experiment)
+
+
+@pytest.fixture
+def revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with DVC and git: a revision without metrics, one with them, and other metrics in the workspace."""
+    monkeypatch.chdir(tmp_path)
+    for key in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{key}_NAME", "t")
+        monkeypatch.setenv(f"GIT_{key}_EMAIL", "t@t")
+
+    def git(*command: str) -> None:
+        subprocess.run(["git", *command], check=True, capture_output=True)
+
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").touch()
+    git("init")
+    Path("params.yaml").write_text(yaml.safe_dump({"train": {"workers": 1, "amp": "off"}, "seed": 0}))
+    git("add", ".")
+    git("commit", "-m", "nothing measured")
+    Path("reports").mkdir()
+    _dump(Path("reports/metrics.json"), vit={"val/top1_pct": 98.0, "perf/share": 0.5}, gone={"val/top1_pct": 90.0})
+    git("add", ".")
+    git("commit", "-m", "measured")
+    Path("params.yaml").write_text(yaml.safe_dump({"train": {"workers": 2, "amp": "off"}, "seed": 0, "new": {"a": 1}}))
+    _dump(Path("reports/metrics.json"), vit={"val/top1_pct": 98.5, "perf/share": 0.5}, more={"val/top1_pct": 97.0})
+    return tmp_path
+
+
+def test_comparison_shows_what_differs_between_revisions(
+    revisions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    then, now = compare.read("HEAD"), compare.read(None)
+    found = [(d.of, d.name, d.then, d.now) for d in compare.differences(then, now)]
+    assert found == [
+        ("", "train.workers", 1, 2),
+        ("", "new", None, {"a": 1}),
+        ("vit", "val/top1_pct", 98.0, 98.5),
+        ("more", "the run", None, {"val/top1_pct": 97.0}),
+        ("gone", "the run", {"val/top1_pct": 90.0}, None),
+    ]
+    compared = compare.tabulate(then, now)
+    assert compared.columns == ("run", "HEAD", "now", "change")
+    assert compared.texts == [["vit", "98.0", "98.5", "+0.5"], ["more", "–", "97.0", "–"], ["gone", "90.0", "–", "–"]]
+    compare_stage.run("HEAD")
+    written = Path("reports/comparison.html").read_text()
+    assert "Settings that differ" in written and "train.workers" in written and "+0.5" in written
+    assert "val/top1_pct" in capsys.readouterr().out
+    compare_stage.run(".", ".")
+    assert "Nothing differs" in Path("reports/comparison.html").read_text()
+
+
+@pytest.mark.parametrize(("where", "words"), [
+    ("nonsense", "'nonsense' is no revision"),
+    ("HEAD~1", "HEAD~1 has no reports/metrics.json: commit dvc.lock"),
+    (".dvc", "make repro"),
+])
+def test_comparison_says_what_it_misses(revisions: Path, where: str, words: str) -> None:
+    with pytest.raises(compare.CompareError, match=re.escape(words)):
+        compare.read(where)
 
 
 def test_baseline_is_the_run_of_the_same_seed(tmp_path: Path) -> None:

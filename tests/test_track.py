@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline import config, track
+from stages import ui
 
 EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "perf/img_per_s": 900.0, "lr": 1e-3}
 
@@ -75,7 +77,79 @@ def test_run_has_its_name_parameters_and_tags(client: MlflowClient, experiment: 
     assert [tags[key] for key in ("paper_name", "family", "size", "variant")] == ["E(ViT-S)", "vit", "S", "E"]
     assert tags["dvc_lock_sha256"] == hashlib.sha256(b"lock").hexdigest()
     assert (tags["device"], tags["seed"], tags["git_commit"]) == ("cuda", "0", "unknown")
+    assert (tags["recipe"], tags["mlflow.source.git.commit"]) == ("digits", "unknown")
+    assert tags["mlflow.note.content"].startswith("E(ViT-S) on digits, recipe digits, seed 0.")
     assert {f"versions.{name}" for name in ("torch", "timm", "ray", "flopeq")} <= tags.keys()
+
+
+def test_the_ui_opens_on_the_columns_in_which_runs_compare(
+    client: MlflowClient, experiment: config.Experiment
+) -> None:
+    run_id = track.start_run(experiment, "e-vit")
+    study = client.get_experiment(client.get_run(run_id).info.experiment_id)
+    view = json.loads(study.tags["mlflow.sharedViewState.comparison"])
+    assert view.keys() == {"name", "createdAt", "updatedAt", "state"}  # as MLflow's own UI writes it
+    columns = json.loads(view["state"])["selectedColumns"]
+    assert {"tags.`family`", "tags.`seed`", "metrics.`best/top1_pct`", "metrics.`complexity/gflops`"} <= set(columns)
+    assert study.tags["mlflow.experimentKind"] == "custom_model_development"
+
+    place = f"#/experiments/{study.experiment_id}/runs"
+    shared = f"{place}?workflowType=machine_learning&viewStateShareKey=comparison"
+    one = f"{place}/{run_id}?workflowType=machine_learning"
+    assert shared in study.tags["mlflow.note.content"]
+    local = "http://127.0.0.1:5000/"
+    assert track.urls(experiment, [run_id]) == (local + shared, {run_id: local + one})
+
+
+def test_ui_says_where_the_comparison_is(
+    client: MlflowClient, experiment: config.Experiment, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("params.yaml").write_text((root / "params.yaml").read_text())
+    track.make_experiment(experiment.tracking.experiment)
+    ui.run("5987")
+    assert re.fullmatch(r"the runs: http://127\.0\.0\.1:5987/#/experiments/\d+/runs\?\S+=comparison\n",
+                        capsys.readouterr().out)
+    Path("mlflow.db").unlink()
+    ui.run()
+    assert "nothing is tracked yet" in capsys.readouterr().out
+
+
+def test_what_a_person_has_written_of_an_experiment_stays(
+    client: MlflowClient, experiment: config.Experiment
+) -> None:
+    track.make_experiment("digits")
+    study = client.get_experiment_by_name("digits")
+    assert study is not None
+    client.set_experiment_tag(study.experiment_id, "mlflow.note.content", "mine")
+    client.delete_experiment_tag(study.experiment_id, "mlflow.experimentKind")
+    track.start_run(experiment, "vit")
+    tags = client.get_experiment(study.experiment_id).tags
+    assert (tags["mlflow.note.content"], tags["mlflow.experimentKind"]) == ("mine", "custom_model_development")
+
+
+def test_nothing_tracked_has_no_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: config.Experiment
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert track.urls(experiment, ["0" * 32]) == (None, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_gives_a_run_its_card_and_the_best_of_its_numbers(
+    client: MlflowClient, experiment: config.Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = track.start_run(experiment, "vit")
+    track.log_epoch(run_id, EPOCH | {"epoch": 0})
+    card = Path("vit.md")
+    card.write_text("---\nlicense: apache-2.0\n---\n# vit\n")
+    track.present(run_id, card, {"val/top1_pct": 98.0, "perf/share": 0.5, "converged": True})
+    run = client.get_run(run_id)
+    assert run.data.tags["mlflow.note.content"] == "# vit\n"
+    metrics = run.data.metrics
+    assert (metrics["best/top1_pct"], metrics["val/top1_pct"], metrics["perf/share"]) == (98.0, 40.0, 0.5)
+    assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["vit.md"]
+    track.present("0" * 32, card, {})
+    assert "deleted meanwhile?" in caplog.text
 
 
 def test_models_outside_the_study_have_no_paper_name(
