@@ -10,7 +10,7 @@ export DO_NOT_TRACK := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: repro plan verify test test-slow ui lint
+.PHONY: repro plan verify test test-slow ui docs lint
 
 repro: $(STAMP)  ## train, measure and compare every model of params.yaml, or of PRESET with the images in SOURCE; or RUNS, with SEEDS
 	@$(if $(SOURCE),$(if $(PRESET),,$(error SOURCE needs a PRESET: one of $(notdir $(basename $(wildcard presets/*.yaml))))))\
@@ -31,9 +31,13 @@ test-slow: $(STAMP)  ## the tests that start clusters and servers, or kill proce
 	$(IN_VENV) python -m pytest -m slow
 
 ui: $(STAMP)  ## the MLflow UI over the runs, on 127.0.0.1
-	@case "$$MLFLOW_TRACKING_URI" in http*) echo "the runs are at $$MLFLOW_TRACKING_URI" ;; *) \
+	@$(IN_VENV) python -m stages.ui $(PORT)
+	@case "$$MLFLOW_TRACKING_URI" in http*) ;; *) \
 	  $(IN_VENV) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
 	    --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" ;; esac
+
+docs: $(STAMP)  ## the documentation site, into site/
+	@$(IN_VENV) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 lint: $(STAMP)  ## style, types, import directions
 	$(IN_VENV) ruff check .
