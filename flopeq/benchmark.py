@@ -186,7 +186,7 @@ def throughput(
                 for name, ready in prepared.items():
                     if tell:
                         tell(name, done, total)
-                    seconds[name].append(_timed(ready.run, device))
+                    seconds[name].append(timed(ready.run, device))
                     done += 1
     except Exception as error:
         if is_out_of_memory(error):
@@ -278,13 +278,13 @@ def _prepare(
     before = torch.cuda.memory_allocated(device) - images_BCHW.nbytes if on_gpu else 0
     model.train(train).to(device)
     call = torch.compile(model, mode="max-autotune" if on_gpu else None) if compiled else model
-    run = _training_step(model, call, images_BCHW, dtype) if train else _forward(call, images_BCHW, dtype)
+    run = _training_step(model, call, images_BCHW, dtype) if train else forward_pass(call, images_BCHW, dtype)
     if compiled:
         # An eager image makes what is made on first use: einops' table of backends, which dynamo guards, would
         # otherwise have the second pass compile everything again.
         with torch.no_grad():
-            _forward(model, images_BCHW[:1], dtype)()
-    first_pass_s = _timed(run, device)
+            forward_pass(model, images_BCHW[:1], dtype)()
+    first_pass_s = timed(run, device)
     for _ in range(warmup):
         run()
     if not on_gpu:
@@ -296,9 +296,11 @@ def _prepare(
     return _Prepared(run, (torch.cuda.max_memory_allocated(device) - before) / MIB, first_pass_s)
 
 
-def _forward(
+def forward_pass(
     call: Callable[[torch.Tensor], torch.Tensor], images_BCHW: torch.Tensor, dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
+    """A function that asks a model for the logits of these images, under autocast unless dtype is float32."""
+
     def forward() -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         # Entered at every pass, as the paper's code does: weights are cast anew each time.
@@ -314,7 +316,7 @@ def _training_step(
     images_BCHW: torch.Tensor,
     dtype: torch.dtype,
 ) -> Callable[[], None]:
-    forward = _forward(call, images_BCHW, dtype)
+    forward = forward_pass(call, images_BCHW, dtype)
     labels_B = torch.zeros(len(images_BCHW), dtype=torch.long, device=images_BCHW.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
@@ -326,7 +328,8 @@ def _training_step(
     return step
 
 
-def _timed(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a function takes, with what it started on the device."""
     start = time.perf_counter()
     run()
     if device.type == "cuda":

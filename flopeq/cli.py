@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+    no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
     help="Image networks that commute with horizontal mirroring, at half the FLOPs.",
     epilog="Every command has --help with examples, and --json. Exit codes: 0 done; 2 a mistake in what was asked "
     "for, said in one line on stderr; 130 interrupted.",
@@ -38,7 +38,7 @@ app = typer.Typer(
 
 
 def _examples(*lines: str) -> str:
-    return "\n\n".join(("Examples:", *(f"$ flopeq {line}" for line in lines)))
+    return "\n".join(("Examples:\n", *(f"- flopeq {line}" for line in lines)))
 
 
 def _complete_model(incomplete: str) -> list[str]:
@@ -200,26 +200,28 @@ def _throughput(
     if len(sizes) > 1:
         raise ValueError(f"the models take images of different sizes, {sorted(sizes)}: give --image-size")
     [size] = sizes
-    flops = {name: count(build(name, device="meta", **args), size).flops for name in names}
+    several = len(names) > 1
+    flops = {name: count(build(name, device="meta", **args), size).flops for name in names if several}
     with _progress() as tell:
         measured = measure(models, image_size=size, device=device, tell=tell, **asdict(protocol))
     first = measured[names[0]]
     rows = []
     for name, result in measured.items():
-        flop_ratio = flops[names[0]] / flops[name]
-        ratio = gain(result, first)
+        flop_ratio = flops[names[0]] / flops[name] if several else None
+        ratio = gain(result, first) if several else None
         rows.append({
             "model": name, "device": result.device, "dtype": result.dtype, "batch_size": result.batch_size,
             "mode": _mode(protocol), "img_per_s": result.img_per_s, "img_per_s_quartiles": result.img_per_s_quartiles,
             "peak_mem_mb": result.peak_mem_mb, "compiled": result.compiled, "first_pass_s": result.first_pass_s,
-            "runs": result.runs, "flop_ratio": flop_ratio, "throughput_ratio": ratio, "share": ratio / flop_ratio,
+            "runs": result.runs, "flop_ratio": flop_ratio, "throughput_ratio": ratio,
+            "share": ratio / flop_ratio if ratio and flop_ratio else None,
         })  # fmt: skip
     if not as_json:
         _say(_how(first.device, first.compiled, protocol))
         for row in rows:
             row["quartiles"] = "{:.0f} to {:.0f}".format(*row["img_per_s_quartiles"])
         kept = ["model", "img_per_s", "quartiles", "peak_mem_mb"]
-        kept += ["flop_ratio", "throughput_ratio", "share"] if len(rows) > 1 else []
+        kept += ["flop_ratio", "throughput_ratio", "share"] if several else []
         rows = [{key: row[key] for key in kept} for row in rows]
     _show(rows, as_json, {"img_per_s": (1, "img/s"), "peak_mem_mb": (1, "peak memory (MB)"),
                           "flop_ratio": (1, "fewer FLOPs"), "throughput_ratio": (1, "faster")})  # fmt: skip
@@ -277,7 +279,7 @@ def _mode(protocol: Protocol) -> str:
 
 def _how(device: str, compiled: bool, protocol: Protocol) -> str:
     """The protocol in one line."""
-    mode = "training steps" if protocol.train else "forward passes"
+    mode = "training steps" if protocol.train else "passes"
     return (
         f"{device}, {str(protocol.dtype).removeprefix('torch.')}, batch {protocol.batch_size}, "
         f"{'compiled' if compiled else 'eager'}, median of {protocol.runs} {mode} after {1 + protocol.warmup} to warm up"
@@ -346,12 +348,12 @@ def profile(
         ours = [one for one in profiles if one.model == name]
         kinds = list(dict.fromkeys(kind for one in ours for kind in one.kinds))
         table = []
-        for kind in [*kinds, "outside of kernels", "a pass"]:
+        for kind in [*kinds, "sum", "a pass, without the profiler"]:
             row: dict[str, Any] = {"": kind}
             for one in ours:
-                ms = {"outside of kernels": one.outside_ms, "a pass": one.pass_ms}.get(kind, one.kinds.get(kind))
+                ms = {"sum": one.sum_ms, "a pass, without the profiler": one.pass_ms}.get(kind, one.kinds.get(kind))
                 row[f"{one.mode} (ms)"] = _fixed(ms)
-                row[f"{one.mode} (%)"] = _fixed(None if ms is None else 100 * ms / one.pass_ms, 1)
+                row[f"{one.mode} (%)"] = _fixed(None if ms is None else 100 * ms / one.sum_ms, 1)
             table.append(row)
         _show(table, as_json)
         for one in ours:
