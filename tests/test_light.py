@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-# What timm itself imports (yaml among it) is there wherever timm is.
+# YAML is there wherever timm is, and pydantic wherever typer is.
 PIPELINE_ONLY = (
-    "ray", "mlflow", "dvc", "webdataset", "simplejpeg", "xxhash", "pyarrow", "psutil", "pydantic", "scipy", "pandas",
+    "ray", "mlflow", "dvc", "webdataset", "simplejpeg", "xxhash", "pyarrow", "psutil", "scipy", "pandas",
     "sklearn", "matplotlib", "jinja2", "s3fs", "onnx", "onnxscript", "onnxruntime", "pipeline", "stages",
 )  # fmt: skip
 
@@ -21,27 +21,28 @@ def python(root, code, **env) -> str:
     return done.stdout
 
 
-def test_the_library_runs_without_what_only_the_pipeline_needs(root):
+def test_the_library_is_imported_fast_and_without_what_only_the_pipeline_needs(root):
     code = f"""
-import sys
-class Refuse:
+import sys, time
+class Hide:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {PIPELINE_ONLY!r}:
-            raise ImportError(name + " is not installed")
-sys.meta_path.insert(0, Refuse())
+        return None if name.partition(".")[0] in {PIPELINE_ONLY!r} else self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+import timm
+start = time.perf_counter()
+import flopeq
+took = time.perf_counter() - start
+assert took < 0.3, took  # 0.02 s on an idle machine
+assert not {{"typer", "rich", "pydantic", "fvcore"}} & set(sys.modules)
 from flopeq import benchmark, card, cli, comparison, convert, flops, profiling, testing
-for words in (["list"], ["complexity", "flop_deit3_small_patch16_224", "img_size=32", "depth=1"]):
-    try:
-        cli.main(words)
-    except SystemExit as stop:
-        assert stop.code == 0
+try:
+    cli.main(["complexity", "flop_deit3_small_patch16_224", "img_size=32", "depth=1"])
+except SystemExit as stop:
+    assert stop.code == 0
 """
     assert "flop_deit3_small_patch16_224" in python(root, code)
-
-
-def test_importing_flopeq_adds_little_to_importing_timm(root):
-    code = "import time, timm; start = time.perf_counter(); import flopeq; print(time.perf_counter() - start)"
-    assert min(float(python(root, code)) for _ in range(2)) < 0.3  # 0.02 s on an idle machine
 
 
 def test_a_shell_that_completes_a_line_does_not_wait_for_torch(root):
