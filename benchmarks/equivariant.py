@@ -6,15 +6,15 @@
 
 X, E, H and the authors' E and H of one size take turns, pass by pass. `FLOPs` is X's count over the network's, `faster`
 its throughput over X's (the median over neighbouring passes, with quartiles), and `share` how much of the saved FLOPs
-became speed: faster over FLOPs. `authors` is our throughput over theirs, after both have given the same logits for the
-same weights. Peak memory is that of a GPU; on a CPU it is not measured.
+became speed: faster over FLOPs. `authors` is our throughput over theirs, and `authors' MB` our peak memory
+over theirs, after both have given the same logits for the same weights. Memory is that of a GPU; on a CPU it is not
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,8 @@ from flopeq.testing import relative_error
 from tests.authors.make_fixture import stand_in_for_old_timm
 
 IMAGE_SIZE = (3, 224, 224)
-COLUMNS = ("network", "mode", "img/s", "quartiles", "peak MB", "FLOPs", "faster", "quartiles", "share", "authors", "peak")
+COLUMNS = ("network", "mode", "img/s", "quartiles", "peak MB", "FLOPs", "faster", "quartiles", "share", "authors",
+           "authors' MB")  # fmt: skip
 SAME = 1e-9
 """Relative difference between our logits and the authors', in float64."""
 
@@ -180,7 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=["E"], choices=["E", "H"])
     parser.add_argument("--modes", nargs="+", default=["forward"], choices=["forward", "train"])
     parser.add_argument("--run", default="compiled", choices=["compiled", "eager", "both"])
-    parser.add_argument("--authors", type=Path, metavar="PATH", help="a checkout of github.com/georg-bn/flopping-for-flops")
+    parser.add_argument("--authors", type=Path, metavar="PATH", help="a checkout of the authors' repository")
     parser.add_argument("--batch-size", type=int, help="images per pass; default: the device's protocol")
     parser.add_argument("--runs", type=int, help="timed passes per model; default: the device's protocol")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the device's protocol")

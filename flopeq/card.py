@@ -1,4 +1,4 @@
-"""A model's folder for timm: safetensors, config.json, and a model card whose figures are measured while it is written."""
+"""A model's folder for timm: safetensors, config.json, and a model card whose figures are measured on the spot."""
 
 from __future__ import annotations
 
@@ -269,8 +269,8 @@ def _intended(name: str, run: TrainedRun | None) -> str:
     )
     return (
         f"Meant for research on image classification: to classify images into {classes}, to be fine-tuned, or as a "
-        f"backbone (`forward_features`, `features_only=True`).{mirrored} Nobody has examined it for safety or bias, and "
-        "decisions about people need more than it gives."
+        f"backbone (`forward_features`, `features_only=True`).{mirrored} Nobody has examined it for safety or bias, "
+        "and decisions about people need more than it gives."
     )
 
 

@@ -282,7 +282,8 @@ def _how(device: str, compiled: bool, protocol: Protocol) -> str:
     mode = "training steps" if protocol.train else "passes"
     return (
         f"{device}, {str(protocol.dtype).removeprefix('torch.')}, batch {protocol.batch_size}, "
-        f"{'compiled' if compiled else 'eager'}, median of {protocol.runs} {mode} after {1 + protocol.warmup} to warm up"
+        f"{'compiled' if compiled else 'eager'}, "
+        f"median of {protocol.runs} {mode} after {1 + protocol.warmup} to warm up"
     )
 
 

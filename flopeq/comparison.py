@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -100,8 +101,8 @@ class Row:
 def select(patterns: Sequence[str]) -> list[Table1Row]:
     """The rows of Table 1 that any of the patterns names, in the paper's order, each group's X with them.
 
-    A pattern is a size (`S`), a family (`vit`), a variant's name as the paper has it (`E(ViT-S)`, `ViT-*`) or a model's;
-    capitals do not matter, `*` stands for anything. No pattern: all rows.
+    A pattern is a size (`S`), a family (`vit`), a name as the paper has it (`E(ViT-S)`, `ViT-*`) or a model's; capitals
+    do not matter, `*` stands for anything. No pattern: all rows.
     Raises: ValueError for a pattern that names nothing.
     """
     rows = list(table1())
@@ -161,7 +162,8 @@ def read(path: Path) -> list[Row]:
         names = [field.name for field in fields(Row)]
         if table.fieldnames != names:
             raise ValueError(f"{path} has other columns than this version writes: move it away")
-        return [Row(**{field.name: _parse(line[field.name], str(field.type)) for field in fields(Row)}) for line in table]
+        kinds = {field.name: str(field.type) for field in fields(Row)}
+        return [Row(**{name: _parse(line[name], kind) for name, kind in kinds.items()}) for line in table]
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -297,7 +299,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
 
 
-def _parse(text: str, annotation: str) -> str | int | float | bool | None:
+def _parse(text: str, annotation: str) -> Any:
     kind = annotation.removesuffix(" | None")
     if not text and kind != annotation:
         return None

@@ -198,7 +198,9 @@ class _Labelled(fx.Interpreter):
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.labels = {
-            node: f"{_LABEL}{kind_of(node)}|{_operation(node)}" for node in graph_module.graph.nodes if node.op in _CALLS
+            node: f"{_LABEL}{kind_of(node)}|{_operation(node)}"
+            for node in graph_module.graph.nodes
+            if node.op in _CALLS
         }
 
     def run_node(self, n: fx.Node) -> Any:

@@ -215,8 +215,9 @@ def test_a_mistake_names_the_nearest_choice(words, said, flopeq):
 
 
 def test_more_models_than_one_are_compared_with_the_first(rows):
-    words = ("throughput", X, E, *SMALL, "--device", "cpu", "--no-compile", "--batch-size", "2", "--runs", "2", "--train")
-    x, e = rows(*words)
+    x, e = rows(
+        *("throughput", X, E, *SMALL, "--train", "--device", "cpu", "--no-compile", "--batch-size", "2", "--runs", "2")
+    )
     assert (x["mode"], x["flop_ratio"], x["throughput_ratio"], x["share"]) == ("train", 1, 1, 1)
     assert e["share"] == pytest.approx(e["throughput_ratio"] / e["flop_ratio"])
     assert e["first_pass_s"] is None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.small import small
 
 from flopeq.registry import MODELS
+from tests.small import small
 
 SIZES = [info for info in MODELS.values() if info.size == "B" and info.variant != "X"]
 NAMES = [info.model for info in SIZES]
