@@ -142,3 +142,14 @@ def test_the_command_prints_and_keeps_table_1(tmp_path, capsys, monkeypatch):
     assert run("resnet18")[0] == 2
     code, _, err = run("--rows", "E(Vit-SS)")
     assert code == 2 and "did you mean 'E(ViT-S)'" in err
+
+
+def test_an_interrupted_command_says_how_it_goes_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "compare", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["throughput", "--table1", "--device", "cpu", "--results", str(tmp_path)])
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
