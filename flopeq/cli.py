@@ -46,9 +46,9 @@ def _complete_model(incomplete: str) -> list[str]:
 
 
 def _dtype(name: str | None) -> str | None:
-    from flopeq.build import nearest
-
     if name is not None and name not in DTYPES:
+        from flopeq.build import nearest
+
         raise ValueError(f"no dtype is called {name!r}{nearest(name, DTYPES)}; there are {', '.join(DTYPES)}")
     return name
 

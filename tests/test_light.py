@@ -47,11 +47,15 @@ except SystemExit as stop:
 
 def test_a_shell_that_completes_a_line_does_not_wait_for_torch(root):
     code = """
-import sys, flopeq.cli as cli
-assert "torch" not in sys.modules
-print(cli._complete_model("flop_deit3_s"))
+import sys
+from flopeq.cli import app
+try:
+    app(prog_name="flopeq")
+finally:
+    assert "torch" not in sys.modules
 """
-    assert python(root, code, _FLOPEQ_COMPLETE="complete_bash") == "['flop_deit3_small_patch16_224']\n"
+    asked = {"_FLOPEQ_COMPLETE": "complete_bash", "COMP_WORDS": "flopeq throughput flop_deit3_s", "COMP_CWORD": "2"}
+    assert python(root, code, **asked) == "flop_deit3_small_patch16_224\n"
 
 
 def test_an_old_python_is_told_what_is_needed(monkeypatch):
