@@ -1,82 +1,193 @@
-"""Throughput of E(X) over X, compiled, in one alternating run, beside the ratio of their FLOPs.
+"""E(X) and H(X) over X, and over the authors' code on the same weights, in alternating runs.
 
-    python benchmarks/equivariant.py                 the S sizes of the three families
-    python benchmarks/equivariant.py --size B --batch-size 4 --runs 20
+    python benchmarks/equivariant.py                                   E of the S sizes, forward, compiled
+    python benchmarks/equivariant.py --sizes B L --variants E H --modes forward train --batch-size 4
+    python benchmarks/equivariant.py --authors PATH --markdown         beside a checkout of the authors' code
 
-`share` is how much of the saved FLOPs arrives as speed: the throughput ratio E/X over the FLOP ratio X/E.
-Ratios are medians over pairs of neighbouring passes, with their quartiles.
+X, E, H and the authors' E and H of one size take turns, pass by pass. `FLOPs` is X's count over the network's, `faster`
+its throughput over X's (the median over neighbouring passes, with quartiles), and `share` how much of the saved FLOPs
+became speed: faster over FLOPs. `authors` is our throughput over theirs, and `authors' MB` our peak memory
+over theirs, after both have given the same logits for the same weights. Memory is that of a GPU; on a CPU it is not
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import statistics
-from dataclasses import asdict, replace
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 
+import timm
 import torch
+from torch import nn
 
-import flopeq  # noqa: F401  registers our models
-from flopeq.benchmark import Protocol, Throughput, protocol_for, throughput
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flopeq.benchmark import Protocol, Throughput, hardware_name, protocol_for, throughput_where_it_fits
 from flopeq.build import build
+from flopeq.comparison import ratio
+from flopeq.convert import convert_authors_state_dict, shown_args
 from flopeq.flops import complexity
-from flopeq.registry import MODELS
+from flopeq.registry import MODELS, PREFIXES, ModelInfo
+from flopeq.testing import relative_error
+from tests.authors.make_fixture import stand_in_for_old_timm
 
 IMAGE_SIZE = (3, 224, 224)
-ROW = "{:18} {:>9} {:>9} {:>7} {:>15} {:>7} {:>7}"
+COLUMNS = ("network", "mode", "img/s", "quartiles", "peak MB", "FLOPs", "faster", "quartiles", "share", "authors",
+           "authors' MB")  # fmt: skip
+SAME = 1e-9
+"""Relative difference between our logits and the authors', in float64."""
+
+AUTHORS = {
+    ("vit", "E"): ("deit.models.d2_vit", "d2_deit_{}_LS", {"use_fused_attn": True}),
+    ("vit", "H"): ("deit.models.hybrid", "hybrid_deit_{}_LS", {"use_fused_attn": True}),
+    ("resmlp", "E"): ("deit.models.d2_resmlp", "resmlp_equi_d2_{}", {}),
+    ("convnext_iso", "E"): ("convnext.models.d2_convnext_isotropic", "d2_convnext_isotropic_{}", {}),
+}
+"""Where the authors define a network; they have hybrids of the ViT only."""
+SIZES = {
+    "vit": {"S": "small_patch16", "B": "base_patch16", "L": "large_patch16", "H": "huge_patch14"},
+    "resmlp": {"T": "12", "S": "24", "B": "B_24", "L": "L_24"},
+    "convnext_iso": {"S": "small", "B": "base", "L": "large"},
+}
 
 
 def main() -> None:
     args = parse()
+    if args.authors:
+        stand_in_for_old_timm(args.authors.resolve())
+    if args.unfused:
+        timm.layers.set_fused_attn(False)
     defaults = protocol_for(args.device)
-    protocol = replace(
-        defaults,
-        batch_size=args.batch_size or defaults.batch_size,
-        runs=args.runs or defaults.runs,
-        compile=not args.eager,
-    )
-    print(ROW.format("X", "X img/s", "E img/s", "E/X", "quartiles", "FLOPs", "share"))
+    rows = []
     for x in MODELS.values():
-        if (x.variant, x.size) == ("X", args.size):
-            compare(x.model, protocol, args.device)
+        if x.variant != "X" or x.family not in args.families or x.size not in args.sizes:
+            continue
+        networks = [MODELS[PREFIXES[variant] + x.model] for variant in ("X", *args.variants)]
+        authors = [info for info in networks if (info.family, info.variant) in AUTHORS] if args.authors else []
+        for info in authors:
+            check_same(info, args)
+        for mode in args.modes:
+            for compiled in {"compiled": [True], "eager": [False], "both": [False, True]}[args.run]:
+                protocol = replace(
+                    defaults, compile=compiled, train=mode == "train",
+                    batch_size=args.batch_size or defaults.batch_size, runs=args.runs or defaults.runs,
+                    dtype=getattr(torch, args.dtype) if args.dtype else defaults.dtype,
+                )  # fmt: skip
+                rows += measure(networks, authors, protocol, args)
+    show(rows, args)
 
 
-def compare(x: str, protocol: Protocol, device: str) -> None:
-    """Measures a baseline and its equivariant network, and prints their row."""
-    names = {"X": x, "E": f"flop_{x}"}
-    counts = {key: complexity(build(name, device="meta"), IMAGE_SIZE) for key, name in names.items()}
+def measure(
+    networks: list[ModelInfo], authors: list[ModelInfo], protocol: Protocol, args: argparse.Namespace
+) -> list[tuple[str, ...]]:
+    """One size in one alternating run: a row of cells for each network."""
+    builders: dict[str, Callable[[], nn.Module]] = {info.model: partial(build, info.model) for info in networks}
+    builders |= {f"authors' {info.model}": partial(of_authors, info, not args.unfused) for info in authors}
+    measured, alternating = throughput_where_it_fits(
+        builders, image_size=IMAGE_SIZE, protocol=protocol, device=args.device
+    )
+    x = networks[0]
+    flops = {info.model: complexity(build(info.model, device="meta"), IMAGE_SIZE).flops for info in networks}
+    compiled = any(one.compiled for one in measured.values() if one)
+    mode = f"{'train' if protocol.train else 'forward'}, {'compiled' if compiled else 'eager'}"
+    rows = []
+    for info in networks:
+        ours, theirs, over = (measured.get(key) for key in (info.model, f"authors' {info.model}", x.model))
+        saved = None if info is x else flops[x.model] / flops[info.model]
+        low, faster, high = ratio(ours, over, alternating) if ours and over and saved else (None, None, None)
+        rows.append(
+            (
+                info.paper_name, mode, *speed(ours), cell(saved, 2), cell(faster, 3),
+                "" if low is None else f"{low:.3f} to {high:.3f}",
+                cell(faster and saved and faster / saved, 2),
+                cell(ours and theirs and ratio(ours, theirs, alternating)[1], 3),
+                cell(ours and theirs and ours.peak_mem_mb and theirs.peak_mem_mb
+                     and ours.peak_mem_mb / theirs.peak_mem_mb, 2),
+            )
+        )  # fmt: skip
+        print(*rows[-1], sep="  ", file=sys.stderr)
+    return rows
+
+
+def check_same(info: ModelInfo, args: argparse.Namespace) -> None:
+    """Ends the benchmark unless our network gives the authors' logits on the authors' weights."""
+    theirs = of_authors(info, not args.unfused).double()
     torch.manual_seed(0)
-    models = {key: build(name) for key, name in names.items()}
-    measured = throughput(models, image_size=IMAGE_SIZE, device=device, **asdict(protocol))
-    low, ratio, high = statistics.quantiles(ratios(measured["E"], measured["X"]), n=4, method="inclusive")
-    saved = counts["X"].flops / counts["E"].flops
-    speeds = (f"{measured[key].img_per_s:.2f}" for key in names)
-    quartiles = f"{low:.3f} to {high:.3f}"
-    cells = (*speeds, f"{ratio:.3f}", quartiles, f"{saved:.3f}", f"{ratio / saved:.3f}")
-    print(ROW.format(MODELS[x].paper_name, *cells), how(measured["X"]), flush=True)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:  # LayerScales of 1e-6 would hide what the blocks do
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        tensors = convert_authors_state_dict(theirs.state_dict(), info.model)
+        ours = build(info.model, **shown_args(tensors, info.model)).double().eval()
+        ours.load_state_dict(tensors)
+        image_BCHW = torch.randn(1, *IMAGE_SIZE, dtype=torch.float64)
+        error = relative_error(*(model.to(args.device)(image_BCHW.to(args.device)) for model in (ours, theirs)))
+    if not error < SAME:
+        sys.exit(f"error: {info.model} and the authors' differ by {error:.1e} on the same weights")
+    print(f"{info.paper_name}: the authors' logits on the same weights to {error:.0e}", file=sys.stderr)
 
 
-def ratios(of: Throughput, over: Throughput) -> list[float]:
-    """How many times faster `of` was than `over`, pass by pass."""
-    return [slow / fast for fast, slow in zip(of.seconds, over.seconds, strict=True)]
+def of_authors(info: ModelInfo, fused: bool) -> nn.Module:
+    """The authors' network of ours."""
+    module, pattern, options = AUTHORS[info.family, info.variant]
+    name = pattern.format(SIZES[info.family][info.size])
+    options = {key: value and fused for key, value in options.items()}
+    return getattr(import_module(module), name)(**options).eval()
 
 
-def how(measured: Throughput) -> str:
-    """The protocol in a few words."""
-    mode = "compiled" if measured.compiled else "eager"
-    on = measured.device if measured.device != "cpu" else f"cpu ({torch.get_num_threads()} threads)"
-    return f" {on}, {measured.dtype}, batch {measured.batch_size}, {mode}, {measured.runs} passes"
+def speed(of: Throughput | None) -> tuple[str, str, str]:
+    """Images per second, their quartiles, peak memory."""
+    if of is None:
+        return "out of memory", "", ""
+    low, high = of.img_per_s_quartiles
+    return f"{of.img_per_s:.1f}", f"{low:.1f} to {high:.1f}", cell(of.peak_mem_mb, 0)
+
+
+def cell(value: float | None, digits: int) -> str:
+    return "" if not value else f"{value:.{digits}f}"
+
+
+def show(rows: list[tuple[str, ...]], args: argparse.Namespace) -> None:
+    """The table, without columns that nothing stands in; and how it was measured."""
+    used = [place for place in range(len(COLUMNS)) if any(row[place] for row in rows)]
+    table = [tuple(row[place] for place in used) for row in (COLUMNS, *rows)]
+    if args.markdown:
+        table.insert(1, tuple("---" if place < 2 else "---:" for place in used))
+        lines = [f"| {' | '.join(row)} |" for row in table]
+    else:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in table]
+    defaults = protocol_for(args.device)
+    on = hardware_name(args.device) + ("" if "cuda" in args.device else f", {torch.get_num_threads()} threads")
+    dtype = args.dtype or str(defaults.dtype).removeprefix("torch.")
+    print(*lines, sep="\n")
+    print(
+        f"\n{on}; {dtype}, batch {args.batch_size or defaults.batch_size}, {args.runs or defaults.runs} passes, "
+        f"{'unfused' if args.unfused else 'fused'} attention; torch {torch.__version__}, timm {timm.__version__}."
+    )
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", default="S", choices=sorted({info.size for info in MODELS.values()}))
+    sizes = sorted({info.size for info in MODELS.values()})
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=["S"], choices=sizes)
+    parser.add_argument("--variants", nargs="+", default=["E"], choices=["E", "H"])
+    parser.add_argument("--modes", nargs="+", default=["forward"], choices=["forward", "train"])
+    parser.add_argument("--run", default="compiled", choices=["compiled", "eager", "both"])
+    parser.add_argument("--authors", type=Path, metavar="PATH", help="a checkout of the authors' repository")
     parser.add_argument("--batch-size", type=int, help="images per pass; default: the device's protocol")
     parser.add_argument("--runs", type=int, help="timed passes per model; default: the device's protocol")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the device's protocol")
+    parser.add_argument("--unfused", action="store_true", help="attention as plain products and a softmax")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--markdown", action="store_true", help="a table for the docs")
     return parser.parse_args()
 
 

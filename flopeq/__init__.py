@@ -1,7 +1,15 @@
 """Networks that commute with horizontal mirroring, at half the FLOPs. Importing registers them in timm."""
 
-from flopeq import convnext, resmlp, testing, vit
-from flopeq.convert import convert_authors_state_dict
-from flopeq.paper import Table1Row, table1
+import os
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  used from a folder, nothing else has checked
+    raise ImportError(f"flopeq needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
+
+# A shell that completes a command line wants names, and does not wait for torch.
+if "_FLOPEQ_COMPLETE" not in os.environ:
+    from flopeq import convnext, resmlp, testing, vit
+    from flopeq.convert import convert_authors_state_dict
+    from flopeq.paper import Table1Row, table1
 
 __all__ = ["Table1Row", "convert_authors_state_dict", "convnext", "resmlp", "table1", "testing", "vit"]

@@ -10,7 +10,18 @@ import torch
 from torch import nn
 
 from flopeq import benchmark
-from flopeq.benchmark import PAPER, Throughput, can_compile, gain, protocol_for, throughput
+from flopeq.benchmark import (
+    PAPER,
+    OutOfMemory,
+    Protocol,
+    Throughput,
+    can_compile,
+    gain,
+    is_out_of_memory,
+    protocol_for,
+    throughput,
+    throughput_where_it_fits,
+)
 
 
 class Recorder(nn.Module):
@@ -113,6 +124,62 @@ def test_the_protocol_on_a_gpu_is_the_papers():
     assert protocol_for("cuda") is PAPER
     assert (PAPER.batch_size, PAPER.warmup, PAPER.runs, PAPER.dtype) == (64, 10, 100, torch.float16)
     assert protocol_for("cpu").dtype == torch.float32
+
+
+def test_a_training_step_moves_the_weights_and_leaves_no_gradients():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(48, 3))
+    before = model[2].weight.detach().clone()
+    [result] = of({"a": model}, train=True).values()
+    assert model.training and not torch.equal(model[2].weight, before)
+    assert model[2].weight.grad is None
+    assert result.runs == 3 and result.first_pass_s is None
+
+
+def test_progress_is_told_between_passes_not_during():
+    told: list[tuple[str, int, int]] = []
+    of({name: Recorder(name, []) for name in "ab"}, tell=lambda *what: told.append(what))
+    assert told == [("a", 0, 10), ("b", 2, 10)] + [(name, 4 + i, 10) for i, name in enumerate("ababab")]
+
+
+class Crowd(nn.Module):
+    """Does not fit beside another of its kind."""
+
+    alive = 0
+    room = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        Crowd.alive += 1
+
+    def __del__(self) -> None:
+        Crowd.alive -= 1
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if Crowd.alive > Crowd.room:
+            raise torch.OutOfMemoryError
+        return images
+
+
+@pytest.mark.parametrize("room, alternating, fits", [(2, True, True), (1, False, True), (0, False, False)])
+def test_models_that_do_not_fit_together_are_measured_alone(room, alternating, fits, monkeypatch):
+    monkeypatch.setattr(Crowd, "room", room)
+    protocol = Protocol(batch_size=2, warmup=0, runs=2, dtype=torch.float32, compile=False)
+    results, alternated = throughput_where_it_fits(
+        {"a": Crowd, "b": Crowd}, image_size=(3, 4, 4), protocol=protocol, device="cpu"
+    )
+    assert alternated == alternating
+    assert [result is not None for result in results.values()] == 2 * [fits]
+    assert Crowd.alive == 0
+
+
+def test_out_of_memory_names_the_model_and_other_errors_pass_through():
+    class Broken(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    with pytest.raises(OutOfMemory, match="b does not fit into memory: take a smaller batch"):
+        of({"a": Recorder("a", []), "b": Broken()})
+    assert is_out_of_memory(RuntimeError("x")) is False
 
 
 @pytest.mark.gpu

@@ -7,8 +7,10 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from flopeq import cli
 from flopeq.build import build
 from flopeq.cli import main
 from flopeq.flops import complexity
@@ -176,3 +178,67 @@ def test_values_of_arguments_are_literals_or_words(rows):
     [counted] = rows(*words)
     model = build(E, device="meta", **ARGS, global_pool="avg", qkv_bias=False, num_classes=3)
     assert counted["params"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+COMMANDS = ("list", "complexity", "throughput", "profile", "equivariance", "export", "convert")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples_and_json(command, flopeq):
+    code, out, _ = flopeq(command, "--help")
+    assert code == 0
+    assert f"flopeq {command}" in out and "--json" in out and "Examples:" in out
+
+
+def test_help_says_the_exit_codes(flopeq):
+    code, out, _ = flopeq("--help")
+    assert code == 0
+    assert "Exit codes: 0 done; 2 a" in out and "--install-completion" in out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("througput", X), "throughput"),
+        (("throughput", X, "--bach-size", "2"), "--batch-size"),
+        (("throughput", X, "--dtype", "float23"), "did you mean 'float32'"),
+        (("equivariance", X, "--dtype", "flaot64"), "did you mean 'float64'"),
+        (("throughput", X, "--device", "cudo"), "did you mean 'cuda'"),
+        (("throughput", X, "--rows", "S"), "--table1"),
+        (("throughput", X, "--table1"), "--rows"),
+    ],
+)
+def test_a_mistake_names_the_nearest_choice(words, said, flopeq):
+    code, out, err = flopeq(*words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_more_models_than_one_are_compared_with_the_first(rows):
+    x, e = rows(
+        *("throughput", X, E, *SMALL, "--train", "--device", "cpu", "--no-compile", "--batch-size", "2", "--runs", "2")
+    )
+    assert (x["mode"], x["flop_ratio"], x["throughput_ratio"], x["share"]) == ("train", 1, 1, 1)
+    assert e["share"] == pytest.approx(e["throughput_ratio"] / e["flop_ratio"])
+    assert e["first_pass_s"] is None
+
+
+def test_what_does_not_fit_into_memory_is_a_mistake(flopeq, monkeypatch):
+    def greedy(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", greedy)
+    code, _, err = flopeq("throughput", X, *SMALL, "--device", "cpu", "--no-compile", "--batch-size", "2")
+    assert code == 2
+    assert err == f"error: {X} does not fit into memory: take a smaller batch\n"
+
+
+def test_progress_shows_on_a_terminal_only(monkeypatch, capsys):
+    def drawn(terminal: bool) -> str:
+        monkeypatch.setattr(Console, "is_terminal", property(lambda console: terminal))
+        with cli._progress() as tell:
+            tell("a model", 1, 2)
+        return capsys.readouterr().err
+
+    assert "a model" in drawn(True)
+    assert drawn(False) == ""

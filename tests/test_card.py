@@ -1,0 +1,139 @@
+"""Exported folders: timm loads the same network from them, and the card says what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from flopeq.build import build
+from flopeq.card import card, export, measured_error
+from flopeq.cli import main
+from flopeq.flops import Complexity
+from tests.small import SMALL, away_from_zero
+
+ARGS = {"img_size": 32, "patch_size": 8, "num_classes": 5}
+X, E, H = "deit3_small_patch16_224", "flop_deit3_small_patch16_224", "flophybrid_deit3_small_patch16_224"
+NETWORKS = {
+    X: "vit", E: "vit", H: "vit",
+    "resmlp_base_24_224": "resmlp", "flop_resmlp_24_224": "resmlp", "flophybrid_resmlp_24_224": "resmlp",
+    "convnext_iso_small": "convnext_iso", "flop_convnext_iso_small": "convnext_iso",
+    "flophybrid_convnext_iso_small": "convnext_iso",
+}  # fmt: skip
+
+
+def weights_of(name, path, **args):
+    """A small model with weights of its own, and their file."""
+    model = away_from_zero(build(name, **args)).eval()
+    save_file(model.state_dict(), path)
+    return model
+
+
+def loaded(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_timm_loads_the_same_network_to_the_bit(name, tmp_path):
+    args = SMALL[NETWORKS[name]] | ARGS
+    model = weights_of(name, tmp_path / "w.safetensors", **args)
+    written = export(name, tmp_path / "out", checkpoint=tmp_path / "w.safetensors", **args)
+    images = torch.randn(2, 3, 32, 32)
+    again = loaded(tmp_path / "out")
+    assert type(again) is type(model)
+    assert torch.equal(again(images), model(images))
+    assert again.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert (written.equivariance_error < 1e-12) == name.startswith("flop_")
+    assert written.params == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_options_that_shape_the_network_survive(tmp_path):
+    args = SMALL["vit"] | ARGS | {"num_flop_blocks": 1, "global_pool": "avg"}
+    model = weights_of(H, tmp_path / "w.safetensors", **args)
+    export(H, tmp_path / "out", checkpoint=tmp_path / "w.safetensors", **args)
+    again = loaded(tmp_path / "out")
+    assert again.num_flop_blocks == 1 and torch.equal(again(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A trained run's folder, as the pipeline leaves it."""
+    folder = tmp_path / "outputs" / "e-vit"
+    folder.mkdir(parents=True)
+    args = SMALL["vit"] | {"img_size": 32, "patch_size": 8}
+    weights_of(E, folder / "weights.safetensors", num_classes=7, **args)
+    config = {
+        "run": "e-vit", "model": E, "args": args, "seed": 3,
+        "data": {"name": "digits", "image_size": 32, "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5],
+                 "std": [0.2, 0.2, 0.2]},
+        "recipe": {"name": "quick", "epochs": 60, "lr": 0.002, "auto_augment": None, "test_crop_ratio": 0.9},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    metrics = {"val/top1_pct": 97.2222, "val/flop_agreement_pct": 100.0, "val/real_top1_pct": None, "converged": True}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    notes = {"run": "e-vit", "mlflow_run_id": "3ca57", "fingerprint": "aa46", "status": "finished", "best_epoch": 47}
+    (folder / "run.json").write_text(json.dumps(notes))
+    return folder
+
+
+def test_a_trained_run_brings_model_weights_preprocessing_and_figures(run, tmp_path):
+    export(None, tmp_path / "out", run=run)
+    model = loaded(tmp_path / "out")
+    data = timm.data.resolve_model_data_config(model)
+    assert model.num_classes == 7
+    assert (data["interpolation"], list(data["std"]), data["crop_pct"]) == ("bilinear", [0.2, 0.2, 0.2], 0.9)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# e-vit: E(ViT)\n" in card and "seed 3" in card and "epoch 47" in card
+    assert "| top-1 (%) | 97.22 |" in card and "| lr | 0.002 |" in card and "ReaL" not in card
+    assert f"{measured_error(model, (3, 32, 32)):.1e}" in card
+    assert card.startswith("---\nlibrary_name: timm\n")
+    assert "did not converge" not in card
+
+
+def test_a_run_that_diverged_says_so(run, tmp_path):
+    (run / "metrics.json").write_text(json.dumps({"converged": False}))
+    export(None, tmp_path / "out", run=run)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "did not converge" in card and "Not evaluated" in card
+
+
+def test_untrained_weights_are_called_so_and_the_papers_figure_is_not_theirs():
+    counted = Complexity(params=11_200_000, flops=2_300_000_000, macs=2_200_000_000, elementwise=100_000_000)
+    text = card("flop_convnext_iso_small", {}, (3, 224, 224), counted, 0.0, weights="random, untrained")
+    assert "random, untrained" in text and "# E(ConvNeXt-S (iso.))" in text and "| parameters | 11.2 M |" in text
+    assert "(its weights, not these) | 76.8 % |" in text
+
+
+def test_the_weights_licence_is_the_one_given(run, tmp_path):
+    export(None, tmp_path, run=run, license="cc-by-nc-4.0")
+    assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize("words, said", [
+    (("flop_deit3_smal_patch16_224", "{out}"), "did you mean"),
+    ((E, "{out}", "detph=3"), "did you mean 'depth'"),
+    ((E, "{out}", "--checkpoint", "{out}/none.safetensors"), "there is no"),
+    ((X, "{out}", "--checkpoint", "{weights}"), "does not fit"),
+    ((X, "{out}", "--run", "{run}"), f"is a run of {E}"),
+    (("{out}", "--run", "{out}"), "no trained run"),
+    ((E,), "MODEL OUT_DIR"),
+])  # fmt: skip
+def test_mistakes_are_one_line(words, said, run, tmp_path, capsys):
+    places = {"out": tmp_path / "out", "weights": run / "weights.safetensors", "run": run}
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *(word.format(**places) for word in words)])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("error: ") and said in err and len(err.splitlines()) == 1
+
+
+def test_the_command_says_what_it_wrote(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "--run", str(run), str(tmp_path / "out"), "--json"])
+    [written] = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert written["model"] == E and written["equivariance_error"] < 1e-12
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "model.safetensors"}
