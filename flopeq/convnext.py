@@ -40,6 +40,9 @@ class FlopConvNeXtBlock(ConvNeXtBlock):
     Raises: ValueError if C is not a multiple of 4.
     """
 
+    norm: FlopLayerNorm
+    mlp: FlopMlp
+
     def __init__(self, channels: int, ls_init_value: float | None, drop_path: float, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(

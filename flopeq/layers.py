@@ -204,9 +204,11 @@ class FlopAttention(nn.Module):
     def on_halves(self, even: Tensor, odd: Tensor, attn_mask: Tensor | None = None) -> Halves:
         """The same on halves that lie apart."""
         # Halves go straight from the products to their places in the heads.
-        halves = self.qkv.on_halves(even, odd)
-        by_head = (rearrange(part, "B N (k h d) -> k B h N d", k=3, h=self.num_heads) for part in halves)
-        q, k, v = join(*by_head).unbind(0)
+        even, odd = (
+            rearrange(part, "B N (k h d) -> k B h N d", k=3, h=self.num_heads)
+            for part in self.qkv.on_halves(even, odd)
+        )
+        q, k, v = join(even, odd).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
@@ -231,13 +233,14 @@ def residual(x: Halves, update: Halves, scale: Tensor | None, drop_path: nn.Modu
 
     Stochastic depth drops both halves of an image's update, or none.
     """
+    even, odd = update
     if scale is not None:
-        update = tuple(gamma * part for gamma, part in zip(split(scale), update, strict=True))
+        scale_even, scale_odd = split(scale)
+        even, odd = scale_even * even, scale_odd * odd
     if not isinstance(drop_path, nn.Identity):
-        keep = drop_path(x[0].new_ones(len(x[0]), *(1,) * (x[0].ndim - 1)))
-        update = tuple(keep * part for part in update)
-    even, odd = (part + more for part, more in zip(x, update, strict=True))
-    return even, odd
+        keep = drop_path(even.new_ones(len(even), *(1,) * (even.ndim - 1)))
+        even, odd = keep * even, keep * odd
+    return x[0] + even, x[1] + odd
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

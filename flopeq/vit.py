@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
@@ -33,6 +33,11 @@ __all__ = ["FlopVisionTransformer"]
 class FlopBlock(Block):
     """timm's block with layers that commute with the flop; inside it the two halves lie apart."""
 
+    norm1: FlopLayerNorm
+    attn: FlopAttention
+    norm2: FlopLayerNorm
+    mlp: FlopMlp
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if is_causal:
             raise ValueError(CAUSAL)
@@ -45,7 +50,7 @@ class FlopBlock(Block):
 
 def layer_scale(layer: nn.Module) -> Tensor | None:
     """The vector of timm's LayerScale, None where there is nn.Identity."""
-    return None if isinstance(layer, nn.Identity) else layer.gamma
+    return layer.gamma if isinstance(layer, LayerScale) else None
 
 
 class EntryBlock(Block):
