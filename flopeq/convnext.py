@@ -15,7 +15,7 @@ from timm.models._features import feature_take_indices
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from flopeq.irreps import SQRT_HALF, change_basis, split
+from flopeq.irreps import SQRT_HALF, change_basis, join, split
 from flopeq.layers import (
     FlopDepthwiseConv,
     FlopGELU,
@@ -24,6 +24,7 @@ from flopeq.layers import (
     FlopPatchConv,
     check_patch_width,
     pair,
+    residual,
 )
 from flopeq.variants import FlopHead, baseline_of, check_num_flop_blocks, register, split_point, untrained_cfgs
 
@@ -39,6 +40,9 @@ class FlopConvNeXtBlock(ConvNeXtBlock):
     Raises: ValueError if C is not a multiple of 4.
     """
 
+    norm: FlopLayerNorm
+    mlp: FlopMlp
+
     def __init__(self, channels: int, ls_init_value: float | None, drop_path: float, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
@@ -48,12 +52,13 @@ class FlopConvNeXtBlock(ConvNeXtBlock):
         self.mlp = FlopMlp(channels, 4 * channels, act_layer=FlopGELU, **dd)
 
     def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
-        if not even_only:
-            return super().forward(x)
-        y = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)), even_only=True)
-        if self.gamma is not None:
-            y = y * split(self.gamma)[0]
-        return split(x, dim=1)[0] + self.drop_path(y.permute(0, 3, 1, 2))
+        update = self.norm.on_halves(*split(self.conv_dw(x).permute(0, 2, 3, 1)))
+        halves = split(x.permute(0, 2, 3, 1))
+        if even_only:
+            y = self.mlp.even_half(*update)
+            y = y if self.gamma is None else y * split(self.gamma)[0]
+            return (halves[0] + self.drop_path(y)).permute(0, 3, 1, 2)
+        return join(*residual(halves, self.mlp.on_halves(*update), self.gamma, self.drop_path)).permute(0, 3, 1, 2)
 
 
 class EntryBlock(ConvNeXtBlock):

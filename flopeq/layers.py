@@ -1,5 +1,8 @@
 """Layers that commute with the flop: each takes and gives channels even then odd (see `irreps`).
 
+Each layer's law is written in `on_halves`, which takes and gives the two halves apart; `forward` splits and joins.
+Blocks chain `on_halves`, because joining halves that are split again costs a copy.
+
 Shape suffixes: B batch, N tokens, C channels, H W grid, h heads, d head width.
 """
 
@@ -16,6 +19,9 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, butterfly, half, join, split
+
+Halves = tuple[Tensor, Tensor]
+"""Features whose even and odd halves lie apart."""
 
 
 class FlopLinear(nn.Module):
@@ -36,8 +42,11 @@ class FlopLinear(nn.Module):
         self.odd = nn.Linear(inner, outer, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        even, odd = split(x)
-        return join(self.even(even), self.odd(odd))
+        return join(*self.on_halves(*split(x)))
+
+    def on_halves(self, even: Tensor, odd: Tensor) -> Halves:
+        """The same on halves that lie apart."""
+        return self.even(even), self.odd(odd)
 
     def extra_repr(self) -> str:
         inner, outer = self.even.in_features, self.even.out_features
@@ -61,13 +70,18 @@ class FlopLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(half(num_channels, "num_channels"), device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        even, odd = split(x.to(torch.promote_types(x.dtype, torch.float32)))
-        var_even, mean_even = torch.var_mean(even, dim=-1, correction=0, keepdim=True)
-        var_odd, mean_odd = torch.var_mean(odd, dim=-1, correction=0, keepdim=True)
+        return join(*self.on_halves(*split(x)))
+
+    def on_halves(self, even: Tensor, odd: Tensor) -> Halves:
+        """The same on halves that lie apart."""
+        dtype = even.dtype
+        even, odd = (part.to(torch.promote_types(dtype, torch.float32)) for part in (even, odd))
+        # Centred once and used twice, which compiles into fewer passes over the features than var_mean.
+        even, odd = (part - part.mean(-1, keepdim=True) for part in (even, odd))
+        var_even, var_odd = (part.square().mean(-1, keepdim=True) for part in (even, odd))
         scale = 1 / (SQRT_HALF * torch.sqrt(var_even + var_odd + self.eps))
         w_even, w_odd = split(self.weight)
-        y = join((even - mean_even) * scale * w_even + self.bias, (odd - mean_odd) * scale * w_odd)
-        return y.type_as(x)
+        return (even * scale * w_even + self.bias).to(dtype), (odd * scale * w_odd).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{len(self.bias)}e+{len(self.bias)}o, eps={self.eps}"
@@ -82,8 +96,8 @@ class FlopGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return join(*self.on_halves(*split(x)))
 
-    def on_halves(self, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
-        """The same on halves that lie apart, which spares joining them."""
+    def on_halves(self, even: Tensor, odd: Tensor) -> Halves:
+        """The same on halves that lie apart."""
         a, b = butterfly(even, odd)
         return butterfly(F.gelu(a), F.gelu(b))
 
@@ -91,8 +105,8 @@ class FlopGELU(nn.Module):
 class FlopMlp(nn.Module):
     """Two equivariant linear maps with an equivariant activation between them; stands in for timm's `Mlp`.
 
-    Shape: (..., in_features) -> (..., out_features), or (..., out_features/2) with `even_only`.
-    Cost: in*hidden/2 + hidden*out/2 multiply-adds per token; `even_only` saves half of the second product.
+    Shape: (..., in_features) -> (..., out_features).
+    Cost: in*hidden/2 + hidden*out/2 multiply-adds per token; `even_half` saves half of the second product.
     """
 
     def __init__(
@@ -101,7 +115,7 @@ class FlopMlp(nn.Module):
         hidden_features: int | None = None,
         out_features: int | None = None,
         act_layer: Callable[[], FlopGELU] = FlopGELU,
-        norm_layer: Callable[..., nn.Module] | None = None,
+        norm_layer: Callable[..., FlopLayerNorm] | None = None,
         bias: bool = True,
         drop: float = 0.0,
         device=None,
@@ -117,14 +131,27 @@ class FlopMlp(nn.Module):
         self.fc2 = FlopLinear(hidden_features, out_features or in_features, bias=bias, **dd)
         self.drop2 = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
-        even, odd = split(x)
-        even, odd = self.act.on_halves(self.fc1.even(even), self.fc1.odd(odd))
+    def forward(self, x: Tensor) -> Tensor:
+        return join(*self.on_halves(*split(x)))
+
+    def on_halves(self, even: Tensor, odd: Tensor) -> Halves:
+        """The same on halves that lie apart."""
+        even, odd = self.fc2.on_halves(*self.hidden(even, odd))
+        return self.drop2(even), self.drop2(odd)
+
+    def even_half(self, even: Tensor, odd: Tensor) -> Tensor:
+        """The result's even half alone."""
+        even, _ = self.hidden(even, odd)
+        return self.drop2(self.fc2.even(even))
+
+    def hidden(self, even: Tensor, odd: Tensor) -> Halves:
+        """What lies between the two linear maps."""
+        even, odd = self.act.on_halves(*self.fc1.on_halves(even, odd))
         even, odd = self.drop1(even), self.drop1(odd)
-        if not isinstance(self.norm, nn.Identity):
-            even, odd = split(self.norm(join(even, odd)))
-        even = self.drop2(self.fc2.even(even))
-        return even if even_only else join(even, self.drop2(self.fc2.odd(odd)))
+        return (even, odd) if isinstance(self.norm, nn.Identity) else self.norm.on_halves(even, odd)
+
+
+CAUSAL = "a causal mask tells left from right, so the attention would not commute with the flop"
 
 
 class FlopAttention(nn.Module):
@@ -147,7 +174,7 @@ class FlopAttention(nn.Module):
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = FlopLayerNorm,
+        norm_layer: Callable[..., FlopLayerNorm] = FlopLayerNorm,
         device=None,
         dtype=None,
     ) -> None:
@@ -171,9 +198,17 @@ class FlopAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         if is_causal:
-            raise ValueError("a causal mask tells left from right, so the attention would not commute with the flop")
-        qkv = rearrange(self.qkv(x), "B N (parity k h d) -> k B h N (parity d)", parity=2, k=3, h=self.num_heads)
-        q, k, v = qkv.unbind(0)
+            raise ValueError(CAUSAL)
+        return join(*self.on_halves(*split(x), attn_mask=attn_mask))
+
+    def on_halves(self, even: Tensor, odd: Tensor, attn_mask: Tensor | None = None) -> Halves:
+        """The same on halves that lie apart."""
+        # Halves go straight from the products to their places in the heads.
+        even, odd = (
+            rearrange(part, "B N (k h d) -> k B h N d", k=3, h=self.num_heads)
+            for part in self.qkv.on_halves(even, odd)
+        )
+        q, k, v = join(even, odd).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
@@ -183,11 +218,29 @@ class FlopAttention(nn.Module):
             if attn_mask is not None:
                 scores = scores + attn_mask
             x_BhNd = self.attn_drop(scores.softmax(dim=-1)) @ v
-        x = rearrange(x_BhNd, "B h N (parity d) -> B N (parity h d)", parity=2)
-        return self.proj_drop(self.proj(self.norm(x)))
+        even, odd = (rearrange(part, "B h N d -> B N (h d)") for part in split(x_BhNd))
+        if not isinstance(self.norm, nn.Identity):
+            even, odd = self.norm.on_halves(even, odd)
+        even, odd = self.proj.on_halves(even, odd)
+        return self.proj_drop(even), self.proj_drop(odd)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads} heads of {self.head_dim // 2}e+{self.head_dim // 2}o"
+
+
+def residual(x: Halves, update: Halves, scale: Tensor | None, drop_path: nn.Module) -> Halves:
+    """x + drop_path(scale * update) on halves that lie apart; `scale` is a vector (C,) over channels, None for 1.
+
+    Stochastic depth drops both halves of an image's update, or none.
+    """
+    even, odd = update
+    if scale is not None:
+        scale_even, scale_odd = split(scale)
+        even, odd = scale_even * even, scale_odd * odd
+    if not isinstance(drop_path, nn.Identity):
+        keep = drop_path(even.new_ones(len(even), *(1,) * (even.ndim - 1)))
+        even, odd = keep * even, keep * odd
+    return x[0] + even, x[1] + odd
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -412,13 +465,22 @@ class FlopDepthwiseConv(nn.Module):
             trunc_normal_(part, std=0.02)
         nn.init.zeros_(self.bias)
 
+    def kernel(self) -> Tensor:
+        """The whole kernel, (C, 1, kernel_size, kernel_size), by source and target: ee, eo, oe, oo."""
+        pairs = self.kernel_size // 2
+        ee, eo, oe, oo = self.even_to_even, self.even_to_odd, self.odd_to_even, self.odd_to_odd
+        # Column by column for all four kinds at once, as mirroring each kind by itself takes twice the time.
+        no_middle = torch.zeros_like(eo[..., :1])
+        left = torch.cat((ee[..., :pairs], eo, oe, oo[..., :pairs]))
+        middle = torch.cat((ee[..., pairs:], no_middle, no_middle, oo[..., pairs:]))
+        right = torch.cat((ee[..., :pairs], -eo, -oe, oo[..., :pairs])).flip(-1)
+        return torch.cat((left, middle, right), dim=-1)
+
     def forward(self, x: Tensor) -> Tensor:
-        signed_parts = [(self.even_to_even, +1), (self.even_to_odd, -1), (self.odd_to_even, -1), (self.odd_to_odd, +1)]
-        kernel = torch.cat([mirrored(part, self.kernel_size, sign) for part, sign in signed_parts])
         bias_even, bias_odd_to_even = self.bias.chunk(2)
         zeros = torch.zeros_like(bias_even)
         bias = torch.cat((bias_even, zeros, bias_odd_to_even, zeros))
-        y = F.conv2d(x, kernel, bias, padding=self.kernel_size // 2, groups=self.num_channels)
+        y = F.conv2d(x, self.kernel(), bias, padding=self.kernel_size // 2, groups=self.num_channels)
         return rearrange(y, "B (source target C) H W -> B (target source C) H W", source=2, target=2)
 
     def extra_repr(self) -> str:

@@ -149,9 +149,12 @@ class TokenMixing(nn.Module):
         self.odd = nn.Linear(columns.num_odd, columns.num_odd, device=device, dtype=dtype)
 
     def forward(self, x: Parts) -> Parts:
-        w_even, w_odd = self.even.weight, self.odd.weight
-        ee, eo, oe, oo = (part.mT for part in x)
-        return Parts(self.even(ee).mT, F.linear(eo, w_odd).mT, F.linear(oe, w_even).mT, self.odd(oo).mT)
+        # Weights from the left, W x + b, where nn.Linear would have features transposed before and after.
+        w_even, w_odd = (layer.weight.expand(len(x.ee), -1, -1) for layer in (self.even, self.odd))
+        b_even, b_odd = self.even.bias[:, None], self.odd.bias[:, None]
+        return Parts(
+            torch.baddbmm(b_even, w_even, x.ee), w_odd @ x.eo, w_even @ x.oe, torch.baddbmm(b_odd, w_odd, x.oo)
+        )
 
 
 class BiparityMlp(nn.Module):

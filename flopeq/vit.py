@@ -10,15 +10,47 @@ from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
-from flopeq.irreps import SQRT_HALF, change_basis, half, join
-from flopeq.layers import FlopAttention, FlopGELU, FlopLayerNorm, FlopMlp, FlopPatchEmbed, FlopPosEmbed
+from flopeq.irreps import SQRT_HALF, change_basis, half, join, split
+from flopeq.layers import (
+    CAUSAL,
+    FlopAttention,
+    FlopGELU,
+    FlopLayerNorm,
+    FlopMlp,
+    FlopPatchEmbed,
+    FlopPosEmbed,
+    residual,
+)
 from flopeq.variants import FlopHead, baseline_of, check_head, register, split_point, untrained_cfgs
 
 __all__ = ["FlopVisionTransformer"]
+
+
+class FlopBlock(Block):
+    """timm's block with layers that commute with the flop; inside it the two halves lie apart."""
+
+    norm1: FlopLayerNorm
+    attn: FlopAttention
+    norm2: FlopLayerNorm
+    mlp: FlopMlp
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if is_causal:
+            raise ValueError(CAUSAL)
+        halves = split(x)
+        update = self.attn.on_halves(*self.norm1.on_halves(*halves), attn_mask=attn_mask)
+        halves = residual(halves, update, layer_scale(self.ls1), self.drop_path1)
+        update = self.mlp.on_halves(*self.norm2.on_halves(*halves))
+        return join(*residual(halves, update, layer_scale(self.ls2), self.drop_path2))
+
+
+def layer_scale(layer: nn.Module) -> Tensor | None:
+    """The vector of timm's LayerScale, None where there is nn.Identity."""
+    return layer.gamma if isinstance(layer, LayerScale) else None
 
 
 class EntryBlock(Block):
@@ -37,7 +69,7 @@ def _block(num_flop_blocks: int, depth: int, dim: int, **kwargs: Any) -> Block:
             "mlp_layer": FlopMlp,
             "attn_layer": FlopAttention,
         }
-        return Block(dim, depth=depth, **(kwargs | flop_layers))
+        return FlopBlock(dim, depth=depth, **(kwargs | flop_layers))
     return (EntryBlock if depth == num_flop_blocks else Block)(dim, depth=depth, **kwargs)
 
 

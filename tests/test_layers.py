@@ -1,5 +1,7 @@
 """Each layer commutes with the flop, is not trivially symmetric, and equals its slow twin."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +10,11 @@ from hypothesis import strategies as st
 from timm.layers import Mlp
 from timm.layers.activations import quick_gelu
 from timm.layers.attention import Attention
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from flopeq.convnext import FlopConvNeXtBlock
 from flopeq.irreps import change_basis, flop, flop_grid, half, join, split
 from flopeq.layers import (
     FlopAttention,
@@ -21,9 +26,11 @@ from flopeq.layers import (
     FlopPatchConv,
     FlopPatchEmbed,
     FlopPosEmbed,
+    mirrored,
 )
 from flopeq.resmlp import BiparityAffine, BiparityLinear, BiparityMlp, ColumnParity, FlopResBlock, Parts, TokenMixing
 from flopeq.testing import relative_error
+from flopeq.vit import _block
 from tests.small import away_from_zero
 
 quarters = st.integers(1, 4)
@@ -141,6 +148,48 @@ def test_attention_equals_timms_on_the_dense_weights() -> None:
         dense.proj.bias.copy_(F.pad(layer.proj.even.bias, (0, dim // 2)))
     x = features(2, 6, dim)
     torch.testing.assert_close(layer(x), dense(x))
+
+
+BLOCKS = {
+    "vit": (partial(_block, 9, 0, 16, num_heads=2, qkv_bias=True, init_values=0.5), Block, (4, 6, 16)),
+    "convnext": (lambda drop_path=0.0: FlopConvNeXtBlock(16, 0.5, drop_path), ConvNeXtBlock, (4, 16, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_block_with_halves_apart_equals_timms_on_the_same_layers(family: str, dtype: torch.dtype) -> None:
+    make, timms, shape = BLOCKS[family]
+    block = drawn(make()).to(dtype)
+    x = features(*shape).to(dtype).requires_grad_()
+    weights = [x, *block.parameters()]
+    apart, joined = block(x), timms.forward(block, x)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    assert relative_error(apart, joined) < tolerance
+    found, expected = (torch.autograd.grad((y.double() ** 2).sum(), weights) for y in (apart, joined))
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < tolerance
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_stochastic_depth_drops_both_halves_of_an_image_or_none(family: str) -> None:
+    make, _, shape = BLOCKS[family]
+    block = drawn(make(drop_path=0.5)).train()
+    x = features(64, *shape[1:])
+    if family == "vit":
+        block.drop_path1 = nn.Identity()
+        nn.init.zeros_(block.ls1.gamma)
+    axis = -1 if family == "vit" else 1
+    even, odd = (part.flatten(1).abs().amax(1) > 1e-9 for part in split(block(x) - x, axis))
+    assert (even == odd).all() and even.any() and not even.all()
+
+
+def test_depthwise_kernels_are_mirrored_by_kind() -> None:
+    layer = drawn(FlopDepthwiseConv(16, 5))
+    ee, eo, oe, oo = layer.kernel().chunk(4)
+    for kernel, part, sign in ((ee, "even_to_even", 1), (eo, "even_to_odd", -1), (oe, "odd_to_even", -1),
+                               (oo, "odd_to_odd", 1)):  # fmt: skip
+        torch.testing.assert_close(kernel, mirrored(getattr(layer, part), 5, sign))
 
 
 def test_a_causal_mask_is_refused() -> None:
