@@ -9,6 +9,7 @@ their own names.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import statistics
@@ -16,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import fx, nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, record_function
 
+from flopeq import layers
 from flopeq.benchmark import device_name, forward_pass, release, timed
 
 KINDS = {
@@ -37,6 +40,7 @@ KINDS = {
 }
 """What the kinds are called in kernels' names, and in tables. Other: residuals, LayerScale, joining halves, copies."""
 
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 _LABEL = "flopeq|"
 _PASS = _LABEL + "pass"
 _CALLS = ("call_function", "call_method", "call_module")
@@ -168,12 +172,30 @@ def kind_of(node: fx.Node) -> str:
         return "attention"
     if kind := _operation_kind(operation):
         return kind
-    for _, module in reversed((node.meta.get("nn_module_stack") or {}).values()):
-        class_name = module if isinstance(module, str) else module.__name__
+    called = (node.meta.get("nn_module_stack") or {}).values()
+    names = [module if isinstance(module, str) else module.__name__ for _, module in called]
+    for class_name in (*_layers_at(lines), *reversed(names)):
         for kind, parts in _MODULES.items():
             if any(part in class_name.rpartition(".")[2] for part in parts):
                 return kind
     return "other"
+
+
+def _layers_at(stack_trace: str) -> list[str]:
+    """Our layers whose code a stack trace goes through, innermost first: Dynamo notes no call of a layer's method."""
+    lines = [int(line) for path, line in _FRAME.findall(stack_trace) if path == layers.__file__]
+    return [name for line in reversed(lines) for name, code in _layers_code().items() if line in code]
+
+
+@cache
+def _layers_code() -> dict[str, range]:
+    """The lines of each class in flopeq/layers.py."""
+    found = {}
+    for name, layer in inspect.getmembers(layers, inspect.isclass):
+        if layer.__module__ == layers.__name__:
+            source, first = inspect.getsourcelines(layer)
+            found[name] = range(first, first + len(source))
+    return found
 
 
 def _operation(node: fx.Node) -> str:
