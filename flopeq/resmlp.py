@@ -150,7 +150,7 @@ class TokenMixing(nn.Module):
 
     def forward(self, x: Parts) -> Parts:
         # Weights from the left, W x + b, where nn.Linear would have features transposed before and after.
-        w_even, w_odd = (layer.weight.expand(len(x.ee), -1, -1) for layer in (self.even, self.odd))
+        w_even, w_odd = (layer.weight.expand(x.ee.shape[0], -1, -1) for layer in (self.even, self.odd))
         b_even, b_odd = self.even.bias[:, None], self.odd.bias[:, None]
         return Parts(
             torch.baddbmm(b_even, w_even, x.ee), w_odd @ x.eo, w_even @ x.oe, torch.baddbmm(b_odd, w_odd, x.oo)

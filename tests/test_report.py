@@ -8,6 +8,7 @@ import json
 import math
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ TOP1 = {
     "e-convnext": 98.6,
 }
 FAMILY_SCALE = {"vit": 1.0, "resmlp": 0.8, "convnext": 1.4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No sweep that was run in the working directory gets into the reports made here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield
 
 
 def fabricate(folder: Path, changes: dict[str, Any] | None = None) -> config.Experiment:
