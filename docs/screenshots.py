@@ -37,6 +37,9 @@ STORED = {"mlflow.assistant.panelOpen_v1": "false", "mlflow.assistant.fab.autoOp
           "mlflow.workflowType_v1": '"machine_learning"'}  # fmt: skip
 
 
+VIEW = "mlflow.sharedViewState."  # the tag that holds the view that compares the runs
+
+
 def main() -> None:
     """Takes all pictures; what is missing is said in one line on stderr, with exit code 1."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -65,12 +68,13 @@ def main() -> None:
 
 def pages(report: Path, address: str, experiment: str) -> Iterator[tuple[str, str, int, int, float]]:
     """(name of the picture, URL, width, height, seconds until the page is drawn)."""
-    yield "report", report.as_uri(), 1200, 1300, 3
+    yield "report", report.as_uri(), 1280, 1300, 3
     yield "report-phone", report.as_uri(), 400, 800, 3
     found = ask(address, "experiments/search", {"max_results": 1000})["experiments"]
-    number = next(each["experiment_id"] for each in found if each["name"] == experiment)
-    here = f"{address}/#/experiments/{number}/runs"
-    yield "mlflow-runs", f"{here}?workflowType=machine_learning", 1400, 560, 12
+    study = next(each for each in found if each["name"] == experiment)
+    view = next(tag["key"].removeprefix(VIEW) for tag in study["tags"] if tag["key"].startswith(VIEW))
+    here = f"{address}/#/experiments/{study['experiment_id']}/runs"
+    yield "mlflow-runs", f"{here}?workflowType=machine_learning&viewStateShareKey={view}", 1400, 720, 12
     yield "mlflow-charts", f"{here}?workflowType=machine_learning&compareRunsMode=CHART", 1400, 1000, 20
 
 
