@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,7 +178,6 @@ def run(
                 name=stage.name,
                 storage_path=scratch,
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=trial.RUN_FAILURES),
             ),
         ).fit()
         if conductor.is_waiting:  # Tune was asked to stop
@@ -217,6 +217,7 @@ class _Conductor(Searcher):
         self._queue: list[Spec] = []
         self._running: dict[str, Spec] = {}  # by Tune's id
         self._done: dict[str, Outcome] = {}  # by fingerprint
+        self._restarts: Counter[str] = Counter()  # by fingerprint
         self.stopped: set[str] = set()  # Tune's ids of trials that the scheduler has stopped
         for name in plans:
             self._advance(name, None)
@@ -234,6 +235,11 @@ class _Conductor(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if spec := self._running.pop(trial_id, None):
+            # Tune's own restarts do not cover a process that dies while it changes from one trial to the next.
+            if error and self._restarts[spec.fingerprint] < trial.RUN_FAILURES:
+                self._restarts[spec.fingerprint] += 1
+                self._queue.insert(0, spec)
+                return
             folder = Folder(self._places / spec.fingerprint)
             found = folder.note("outcome")
             if not (found or error or trial_id in self.stopped):
