@@ -53,11 +53,11 @@ def _dtype(name: str | None) -> str | None:
     return name
 
 
-Words = Annotated[
-    list[str],
-    typer.Argument(metavar="MODEL... [KEY=VALUE...]", help="timm models; arguments that all of them take.",
-                   autocompletion=_complete_model),
-]  # fmt: skip
+_MODELS = typer.Argument(
+    metavar="MODEL... [KEY=VALUE...]", help="timm models; arguments that all of them take.",
+    autocompletion=_complete_model,
+)  # fmt: skip
+Words = Annotated[list[str], _MODELS]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the square images; default: the model's own.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
@@ -130,11 +130,7 @@ def complexity(words: Words, image_size: ImageSize = None, as_json: Json = False
     )
 )
 def throughput(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="MODEL... [KEY=VALUE...]", help="timm models; arguments that all of them take.",
-                       autocompletion=_complete_model),
-    ] = None,
+    words: Annotated[list[str] | None, _MODELS] = None,
     table1: Annotated[bool, typer.Option("--table1", help="Measure the rows of the paper's Table 1 instead.")] = False,
     rows: Annotated[
         list[str] | None,

@@ -151,9 +151,6 @@ class FlopMlp(nn.Module):
         return (even, odd) if isinstance(self.norm, nn.Identity) else self.norm.on_halves(even, odd)
 
 
-CAUSAL = "a causal mask tells left from right, so the attention would not commute with the flop"
-
-
 class FlopAttention(nn.Module):
     """Self-attention whose scores are invariant: q.k = q_even.k_even + q_odd.k_odd (eq. 4); stands in for timm's.
 
@@ -197,12 +194,14 @@ class FlopAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal:
-            raise ValueError(CAUSAL)
-        return join(*self.on_halves(*split(x), attn_mask=attn_mask))
+        return join(*self.on_halves(*split(x), attn_mask=attn_mask, is_causal=is_causal))
 
-    def on_halves(self, even: Tensor, odd: Tensor, attn_mask: Tensor | None = None) -> Halves:
+    def on_halves(
+        self, even: Tensor, odd: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Halves:
         """The same on halves that lie apart."""
+        if is_causal:
+            raise ValueError("a causal mask tells left from right, so the attention would not commute with the flop")
         # Halves go straight from the products to their places in the heads.
         even, odd = (
             rearrange(part, "B N (k h d) -> k B h N d", k=3, h=self.num_heads)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, change_basis, half, join, split
 from flopeq.layers import (
-    CAUSAL,
     FlopAttention,
     FlopGELU,
     FlopLayerNorm,
@@ -39,10 +38,8 @@ class FlopBlock(Block):
     mlp: FlopMlp
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal:
-            raise ValueError(CAUSAL)
         halves = split(x)
-        update = self.attn.on_halves(*self.norm1.on_halves(*halves), attn_mask=attn_mask)
+        update = self.attn.on_halves(*self.norm1.on_halves(*halves), attn_mask=attn_mask, is_causal=is_causal)
         halves = residual(halves, update, layer_scale(self.ls1), self.drop_path1)
         update = self.mlp.on_halves(*self.norm2.on_halves(*halves))
         return join(*residual(halves, update, layer_scale(self.ls2), self.drop_path2))

@@ -246,6 +246,10 @@ class _Sweep(_Section):
     cpus_per_worker: Positive
     """CPU cores (and torch threads) of each worker."""
 
+    def cpus(self, train: Train) -> int:
+        """Cores that a trial holds, those of its loader processes among them."""
+        return self.workers * (self.cpus_per_worker + train.loader_workers)
+
 
 class RecipeSweep(_Sweep):
     space: dict[str, Range]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from pipeline import pareto, sweep_figures
 from pipeline.pictures import Picture
+from pipeline.report import read_json
 from pipeline.table import NOTHING, Cell, Row, Table
 
 
@@ -27,9 +27,9 @@ class Section:
 def sections(sweeps: Path = Path("sweeps")) -> list[Section]:
     """A section for each sweep that has swept anything."""
     found = []
-    if recipe := _json(sweeps / "recipe/findings.json"):
+    if recipe := read_json(sweeps / "recipe/findings.json", {}):
         found.append(_recipe(recipe, tuple(sweep_figures.recipe(sweeps / "recipe"))))
-    if (hybrid := _json(sweeps / "hybrid/findings.json")).get("splits"):
+    if (hybrid := read_json(sweeps / "hybrid/findings.json", {})).get("splits"):
         found.append(_hybrid(hybrid, tuple(sweep_figures.hybrid(sweeps / "hybrid"))))
     return found
 
@@ -131,7 +131,3 @@ def _top1(value: float | None) -> str:
 
 def _value(value: Any) -> str:
     return "default" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else {}

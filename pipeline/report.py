@@ -126,8 +126,8 @@ def collect(
     experiment: Experiment, outputs: Path = Path("outputs"), reports: Path = Path("reports")
 ) -> list[Result]:
     """The results of every run in params.yaml, in its order."""
-    complexity = {entry["run"]: entry for entry in _json(reports / "complexity.json", [])}
-    throughput = {entry["run"]: entry for entry in _json(reports / "throughput.json", [])}
+    complexity = {entry["run"]: entry for entry in read_json(reports / "complexity.json", [])}
+    throughput = {entry["run"]: entry for entry in read_json(reports / "throughput.json", [])}
     results = {
         name: _read(experiment, name, outputs / name, complexity.get(name, {}), throughput.get(name, {}))
         for name in experiment.models
@@ -156,7 +156,7 @@ def _read(
     run = experiment.run(name)
     info = describe(run.model)
     papers = not run.args and experiment.data.image_size == _PAPER_IMAGE_SIZE
-    metrics, note = _json(folder / "metrics.json", {}), _json(folder / "run.json", {})
+    metrics, note = read_json(folder / "metrics.json", {}), read_json(folder / "run.json", {})
     further = [f"{set_}/{key}" for set_ in experiment.data.further_val for key in FURTHER]
     measured = {key: float(metrics[key]) for key in (*_MEASURED, *further) if _is_number(metrics.get(key))}
     return Result(
@@ -248,7 +248,8 @@ def _without_size(paper_name: str) -> str:
     return re.sub(r"-[TSBLH]\d*(?=\W|$)", "", paper_name)
 
 
-def _json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any) -> Any:
+    """What a file holds, or the default where there is none."""
     return json.loads(path.read_text()) if path.is_file() else default
 
 

@@ -147,7 +147,7 @@ def run(
     """
     workers = stage.settings.workers
     settings = stage.experiment.train.model_copy(update={"cpus_per_worker": stage.settings.cpus_per_worker})
-    cluster.connect(cpus=workers * (settings.cpus_per_worker + settings.loader_workers))
+    cluster.connect(cpus=stage.settings.cpus(settings))
     gpu = ray.cluster_resources().get("GPU", 0) > 0 if settings.gpu == "auto" else settings.gpu
     each = trial.resources(settings, gpu)
     at_once = concurrency(workers, each)

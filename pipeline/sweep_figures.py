@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pipeline.pictures import STYLE, Picture, mark, picture
+from pipeline.report import read_json
 
 IMPORTANCE = "fANOVA"
 """Whose measure of importance it is."""
@@ -22,7 +22,7 @@ _CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#66
 
 def recipe(folder: Path) -> list[Picture]:
     """Of the recipe sweep: history, parameter importance and parallel coordinates; none where nothing was swept."""
-    findings = _json(folder / "findings.json")
+    findings = read_json(folder / "findings.json", {})
     trials = _trials(folder / "trials.csv")
     if not findings or not trials:
         return []
@@ -45,7 +45,7 @@ def recipe(folder: Path) -> list[Picture]:
 
 def hybrid(folder: Path) -> list[Picture]:
     """Of the split sweep: accuracy against FLOPs with the Pareto fronts; none where nothing was swept."""
-    rows = _json(folder / "findings.json").get("splits", [])
+    rows = read_json(folder / "findings.json", {}).get("splits", [])
     if not rows:
         return []
     with matplotlib.rc_context(STYLE):
@@ -164,10 +164,6 @@ def _front(rows: Sequence[Mapping[str, Any]]) -> Figure:
     axes.margins(x=0.1)
     axes.legend(handles=handles)
     return figure
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _trials(path: Path) -> list[dict[str, Any]]:

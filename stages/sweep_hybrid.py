@@ -13,7 +13,7 @@ def run() -> None:
     settings = experiment.sweeps.hybrid
     from pipeline import cluster, findings
 
-    cluster.connect(cpus=settings.workers * (settings.cpus_per_worker + experiment.train.loader_workers))
+    cluster.connect(cpus=settings.cpus(experiment.train))
     from pipeline import splits  # imports Ray, which `connect` wants to do first
 
     for name, found in splits.sweep_hybrid(experiment).items():

@@ -255,10 +255,13 @@ def undisturbed(digits: Path, running_cluster: dict[str, str]) -> list[dict[str,
     return table(digits)
 
 
-def copy_of(digits: Path, place: Path) -> Path:
-    """Another folder with the same data and parameters, and nothing swept."""
+def copy_of(digits: Path, place: Path, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """Another folder with the same data and nothing swept; `changes` are of the sweep, `recipe` of what it varies."""
     place.mkdir(exist_ok=True)
-    (place / "params.yaml").write_text((digits / "params.yaml").read_text())
+    params = yaml.safe_load((digits / "params.yaml").read_text())
+    params["recipes"]["digits"] |= recipe or {}
+    params["sweeps"]["recipe"] |= changes
+    (place / "params.yaml").write_text(yaml.safe_dump(params))
     (place / "data").symlink_to(digits / "data")
     return place
 
@@ -324,6 +327,16 @@ def wait_for_epochs(place: Path, process: subprocess.Popen, count: int) -> None:
         time.sleep(0.05)
 
 
+def finish_with_one_killed(place: Path, cluster: dict[str, str], title: str, *, after: int) -> None:
+    """A sweep, of which one process with that title is killed after so many epochs."""
+    process = started(place, **cluster)
+    wait_for_epochs(place, process, after)
+    [victim, *_] = processes(cluster["HEAD"], title)
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+
+
 def test_sigterm_ends_a_sweep_as_ctrl_c_does() -> None:
     from pipeline import sweep
 
@@ -374,12 +387,7 @@ def test_a_trial_whose_process_dies_goes_on(
     digits: Path, undisturbed: list, running_cluster: dict[str, str], tmp_path: Path
 ) -> None:
     place = copy_of(digits, tmp_path / "place")
-    process = started(place, **running_cluster)
-    wait_for_epochs(place, process, 3)
-    [victim, *_] = processes(running_cluster["HEAD"], "ray::ImplicitFunc")
-    os.kill(victim, signal.SIGKILL)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    finish_with_one_killed(place, running_cluster, "ray::ImplicitFunc", after=3)
     assert table(place) == undisturbed
     assert_nothing_is_left(running_cluster)
 
@@ -388,16 +396,8 @@ def test_a_trial_whose_process_dies_goes_on(
 def test_trials_of_two_workers_are_ray_train_runs_and_survive_a_workers_death(
     digits: Path, running_cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    place = copy_of(digits, tmp_path / "place")
-    params = yaml.safe_load((place / "params.yaml").read_text())
-    params["sweeps"]["recipe"] |= {"workers": 2, "trials": 2, "asha": None, "confirm_seeds": 0}
-    (place / "params.yaml").write_text(yaml.safe_dump(params))
-    process = started(place, **running_cluster)
-    wait_for_epochs(place, process, 2)
-    [victim, *_] = processes(running_cluster["HEAD"], "ray::RayTrainWorker")
-    os.kill(victim, signal.SIGKILL)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    place = copy_of(digits, tmp_path / "place", workers=2, trials=2, asha=None, confirm_seeds=0)
+    finish_with_one_killed(place, running_cluster, "ray::RayTrainWorker", after=2)
     assert [(row["state"], row["epochs"]) for row in table(place)] == [("finished", "3")] * 2
     assert_nothing_is_left(running_cluster)
 
@@ -406,10 +406,7 @@ def test_trials_of_two_workers_are_ray_train_runs_and_survive_a_workers_death(
 def test_a_request_that_the_cluster_cannot_hold_is_said_at_once(
     digits: Path, running_cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    place = copy_of(digits, tmp_path / "place")
-    params = yaml.safe_load((place / "params.yaml").read_text())
-    params["sweeps"]["recipe"] |= {"workers": 1, "cpus_per_worker": 3}
-    (place / "params.yaml").write_text(yaml.safe_dump(params))
+    place = copy_of(digits, tmp_path / "place", workers=1, cpus_per_worker=3)
     output, _ = (process := started(place, **running_cluster)).communicate(timeout=60)
     assert process.returncode == 2
     assert "a trial needs 1 x 3 CPUs, and the Ray cluster has 2 CPUs on 1 node" in output
@@ -419,15 +416,12 @@ def test_a_request_that_the_cluster_cannot_hold_is_said_at_once(
 def test_a_diverged_and_a_failed_trial_are_recorded_and_the_sweep_goes_on(
     digits: Path, running_cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    place = copy_of(digits, tmp_path / "place")
-    params = yaml.safe_load((place / "params.yaml").read_text())
-    params["recipes"]["digits"] |= {"clip_grad_norm": None, "warmup_epochs": 0}
-    params["sweeps"]["recipe"] |= {
-        "searcher": "grid", "trials": None, "epochs": 2, "asha": None,
+    place = copy_of(
+        digits, tmp_path / "place", {"clip_grad_norm": None, "warmup_epochs": 0},
+        searcher="grid", trials=None, epochs=2, asha=None,
         # The last is a network for other images than there are, which only a forward pass can tell.
-        "space": {"lr": {"choice": [1e30, 1e-3]}, "args.img_size": {"choice": [32, 24]}},
-    }
-    (place / "params.yaml").write_text(yaml.safe_dump(params))
+        space={"lr": {"choice": [1e30, 1e-3]}, "args.img_size": {"choice": [32, 24]}},
+    )
     output = finish(place, **running_cluster)
     rows = {(row["lr"], row["args.img_size"]): row for row in table(place) if row["confirms"] == "0"}
     assert rows["0.001", "32"]["state"] == "finished"
