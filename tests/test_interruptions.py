@@ -486,7 +486,8 @@ def test_the_whole_pipeline_stopped_by_sigterm_and_then_by_ctrl_c_goes_on_where_
         os.killpg(dvc.pid, signal.SIGINT)  # as a terminal sends it
         told = end(dvc)
         assert time.monotonic() - since < 15
-    assert dvc.returncode != 0 and "exited with 130" in told, told
+    # A shell that does not hand over its process to the stage, as dash, ends by the signal itself.
+    assert dvc.returncode != 0 and re.search(r"exited with (130|-2)\b", told), told
     [went_on] = resumed(told)
     assert went_on > first
     assert_nothing_left()
