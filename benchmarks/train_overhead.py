@@ -1,6 +1,6 @@
 """What Ray Train and checkpoints cost: images per second of training through them, over a plain loop's.
 
-    python benchmarks/train_overhead.py --run vit --epochs 30 --steps 20
+    python benchmarks/train_overhead.py --run vit --epochs 150 --steps 100
 
 trains one run of params.yaml, on the digits, in three processes that take turns of so many steps, so that a machine
 that slows down slows all alike. `plain` is pipeline/loop.fit over the same batches without Ray, MLflow and files; `ray`
@@ -211,8 +211,8 @@ def show(args: argparse.Namespace, started: float, share: float) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="vit", help="of params.yaml, on the digits")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=20, help="of a turn, and between checkpoints")
+    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100, help="of a turn, and between checkpoints")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
