@@ -1,27 +1,23 @@
-"""A model's folder for timm: safetensors, config.json, and a model card whose figures are measured on the spot."""
+"""A model's card: what it is, what it was trained on and how, what it reaches and costs, and what it is for."""
 
 from __future__ import annotations
 
-import copy
-import json
+import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from timm.models import load_checkpoint, save_for_hf
-from torch import nn
 
-from flopeq.build import build
 from flopeq.comparison import flopeq_version
-from flopeq.flops import Complexity, complexity
 from flopeq.paper import table1
 from flopeq.registry import describe
-from flopeq.testing import equivariance_error
 from flopeq.variants import baseline_of
+
+Words = Callable[[float], str]
 
 PAPER = """@inproceedings{bokman2025flopping,
   title     = {Flopping for {FLOPs}: Leveraging Equivariance for Computational Efficiency},
@@ -31,129 +27,63 @@ PAPER = """@inproceedings{bokman2025flopping,
 }"""
 
 FAMILIES = {"vit": "vision transformer (DeiT III)", "resmlp": "ResMLP", "convnext_iso": "isotropic ConvNeXt"}
-METRICS = {
-    "val/top1_pct": "top-1 (%)",
-    "val/top5_pct": "top-5 (%)",
-    "val/ema_top1_pct": "top-1 of the averaged weights (%)",
-    "val/real_top1_pct": "top-1 on the ReaL labels (%)",
-    "val/loss": "loss",
-    "val/flop_agreement_pct": "same answer for an image and its flop (%)",
+_PERCENT, _RATIO, _ERROR = "{:.1f} %".format, "{:.2f}".format, "{:.1e}".format
+_REACHED: dict[str, tuple[str, Words]] = {
+    "val/top1_pct": ("top-1", _PERCENT),
+    "val/top5_pct": ("top-5", _PERCENT),
+    "val/ema_top1_pct": ("top-1 of the averaged weights", _PERCENT),
+    "val/real_top1_pct": ("top-1 on the ReaL labels", _PERCENT),
+    "val/loss": ("loss", "{:.4g}".format),
+    "val/flop_agreement_pct": ("same answer for an image and its flop", _PERCENT),
+    "equivariance/max_rel_error": ("equivariance error of the logits", _ERROR),
 }
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a training of the pipeline left in outputs/<run>/, as plain files."""
+    """What a training of the pipeline left in outputs/<run>/."""
 
-    folder: Path
-    config: dict[str, Any]
-    """config.yaml: model, args, data, recipe, seed."""
-    metrics: dict[str, Any]
+    config: Mapping[str, Any]
+    """config.yaml: run, model, args, seed, data, recipe, train."""
+    metrics: Mapping[str, Any]
     """metrics.json; empty before `evaluate`."""
-    notes: dict[str, Any]
+    notes: Mapping[str, Any]
     """run.json: status, best epoch, fingerprint, MLflow's run."""
-
-    @property
-    def weights(self) -> Path:
-        """The best weights."""
-        return self.folder / "weights.safetensors"
+    failure: str | None
+    """Why it did not converge; None: it did, as far as is known."""
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What `export` wrote, and measured."""
-
-    model: str
-    folder: str
-    params: int
-    flops: int
-    equivariance_error: float
-
-
-def read_run(folder: Path) -> TrainedRun:
-    """A run's files. Raises: ValueError for a folder that is none of a trained run."""
-    import yaml  # timm requires it
-
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} is no trained run: it has no config.yaml, as outputs/<run> has")
-    read = {}
-    for name in ("metrics.json", "run.json"):
-        path = folder / name
-        read[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return TrainedRun(folder, config, read["metrics.json"], read["run.json"])
-
-
-def export(
-    name: str | None,
-    folder: Path,
-    *,
-    checkpoint: Path | None = None,
-    run: Path | None = None,
-    license: str = "apache-2.0",
-    **args: Any,
-) -> Exported:
-    """Writes a model into a folder in timm's hub layout: model.safetensors, config.json and the card, README.md.
-
-    `run` is a trained run's folder, which says model, arguments, weights and preprocessing; `checkpoint` a file of
-    weights, safetensors or torch's. Without either the weights are random. Arguments that the checkpoint shows (those
-    that `flopeq convert` notes, and the number of classes) need not be given.
-    Raises: ValueError for a model, arguments or weights that do not fit each other.
-    """
-    trained = None if run is None else read_run(run)
-    if trained:
-        if name not in (None, trained.config["model"]):
-            raise ValueError(f"{trained.folder} is a run of {trained.config['model']}, not of {name}")
-        name, args = trained.config["model"], trained.config["args"] | args
-        checkpoint = checkpoint or trained.weights
-    assert name is not None
-    if checkpoint:
-        args = _shown_by(checkpoint, name) | args
-    torch.manual_seed(0)
-    model = build(name, **args).eval()
-    if checkpoint:
-        _load(model, name, checkpoint)
-    data = None
-    if trained:
-        used = trained.config["data"]
-        data = {"input_size": (3, used["image_size"], used["image_size"]), "mean": tuple(used["mean"]),
-                "std": tuple(used["std"]), "interpolation": used["interpolation"],
-                "crop_pct": trained.config["recipe"]["test_crop_ratio"]}  # fmt: skip
-    try:
-        save_for_hf(model, str(folder), safe_serialization=True, data_config=data,
-                    model_config={"pretrained_cfg": {"license": license}})  # fmt: skip
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}") from error
-    size = tuple(json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["input_size"])
-    counted = complexity(build(name, device="meta", **args), size)
-    error = measured_error(model, size)
-    weights = f"those of `{checkpoint.name}`" if checkpoint else "random, untrained"
-    text = card(name, args, size, counted, error, weights=weights, license=license, run=trained)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    return Exported(name, str(folder), counted.params, counted.flops, error)
-
-
-def measured_error(model: nn.Module, size: tuple[int, int, int], seed: int = 0) -> float:
-    """The largest difference between logits of two random images and of their flops, relative, in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    images_BCHW = torch.randn(2, *size, generator=generator, dtype=torch.float64)
-    return equivariance_error(copy.deepcopy(model).cpu().double().eval(), images_BCHW)
+def failure(notes: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
+    """Why a run did not converge, as its run.json and metrics.json say; None: it did, or nobody has evaluated it."""
+    if notes.get("status") == "diverged":
+        return f"it diverged ({notes.get('message') or 'non-finite loss'}); shown is its best epoch before"
+    if metrics.get("converged", True):
+        return None
+    top1 = metrics.get("val/top1_pct")
+    return "it has no validation accuracy" if top1 is None else f"its training ended at {top1:.1f}% top-1"
 
 
 def card(
     name: str,
-    args: dict[str, Any],
+    args: Mapping[str, Any],
     size: tuple[int, int, int],
-    counted: Complexity,
-    error: float,
+    numbers: Mapping[str, float | None],
     *,
     weights: str,
     license: str = "apache-2.0",
+    conditions: str = "",
     run: TrainedRun | None = None,
+    to_export: Path | None = None,
 ) -> str:
-    """The model card, Markdown with the front matter that model hubs read.
+    """The model card, Markdown with the front matter that model hubs read. A figure that nobody measured is not there.
 
-    `error` is `measured_error`; `weights` says where they come from. A figure that nobody measured is not there.
+    Args:
+        numbers: what was measured of the network, under the names in the report's metrics.json, and
+            `equivariance/float64_error`, which is `flopeq.export.measured_error`.
+        weights: where they come from.
+        conditions: those under which throughput was measured.
+        to_export: the run's folder, of which `flopeq export` has yet to make one that timm loads; None: the card lies
+            in such a folder.
     """
     info = describe(name)
     title = info.paper_name if info else name
@@ -165,13 +95,13 @@ def card(
         _front_matter(license, run),
         f"# {title}",
         _what(name, args),
+        *([f"**It did not converge: {run.failure}.**"] if run and run.failure else []),
         "## Figures",
-        _figures(name, args, size, counted, error, weights),
+        _figures(name, args, size, numbers, weights, conditions),
         *(_training(run) if run else ()),
         "## Use",
-        "```python\nimport flopeq, timm  # importing flopeq registers the model in timm\n\n"
-        'model = timm.create_model("local-dir:<this folder>", pretrained=True).eval()\n'
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```",
+        _use(to_export),
+        "## Intended use",
         _intended(name, run),
         "## Source and licence",
         _source(license),
@@ -189,7 +119,7 @@ def _front_matter(license: str, run: TrainedRun | None) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _what(name: str, args: dict[str, Any]) -> str:
+def _what(name: str, args: Mapping[str, Any]) -> str:
     info = describe(name)
     if info is None:
         return f"`{name}` of timm."
@@ -207,59 +137,72 @@ def _what(name: str, args: dict[str, Any]) -> str:
 
 
 def _figures(
-    name: str, args: dict[str, Any], size: tuple[int, int, int], counted: Complexity, error: float, weights: str
+    name: str,
+    args: Mapping[str, Any],
+    size: tuple[int, int, int],
+    numbers: Mapping[str, float | None],
+    weights: str,
+    conditions: str,
 ) -> str:
-    rows = [
-        ("weights", weights),
-        ("image", " x ".join(map(str, size))),
-        ("parameters", _count(counted.params)),
-        ("FLOPs an image (the paper's convention)", _count(counted.flops)),
-        ("multiply-adds an image", _count(counted.macs)),
-    ]
-    info = describe(name)
-    if info and info.variant != "X":
-        ours = {key: value for key, value in args.items() if key not in ("num_flop_blocks", "head")}
-        baseline = baseline_of(name)
-        if not (info.family == "resmlp" and "resmlp_base" not in name and "resmlp_large" not in name and ours):
-            x = complexity(build(baseline, device="meta", **ours), size)
-            rows.append((f"FLOPs of X, `{baseline}`, over these", f"{x.flops / counted.flops:.2f}"))
-    rows.append(("equivariance error of the logits, float64, two random images", f"{error:.1e}"))
+    figures: dict[str, tuple[str, Words]] = {
+        "complexity/params_m": ("parameters", lambda millions: _count(1e6 * millions)),
+        "complexity/gflops": ("FLOPs an image (the paper's convention)", lambda billions: _count(1e9 * billions)),
+        "complexity/gmacs": ("multiply-adds an image", lambda billions: _count(1e9 * billions)),
+        "complexity/flop_ratio": (f"FLOPs of X, `{baseline_of(name)}`, over these", _RATIO),
+        "perf/forward_img_per_s": (f"images/s forward ({conditions})", "{:,.0f}".format),
+        "perf/throughput_ratio": ("images/s over those of X", _RATIO),
+        "equivariance/float64_error": ("equivariance error of the logits, float64, two random images", _ERROR),
+    }
+    rows = [("weights", weights), ("image", " x ".join(map(str, size))), *_known(numbers, figures)]
     paper = next((row for row in table1() if row.model == name), None)
     if paper and _is_the_papers(args) and size[1:] == (224, 224):
         top1 = "diverged" if paper.top1 is None else f"{paper.top1} %"
         rows.append(("the paper's network of this name, ImageNet-1K top-1 (its weights, not these)", top1))
-    lines = "\n".join(f"| {what} | {value} |" for what, value in rows)
-    return f"| | |\n| --- | --- |\n{lines}"
+    return _table("", rows)
 
 
 def _training(run: TrainedRun) -> list[str]:
     """Data, recipe and what was reached, as the run's files say."""
-    data, recipe = run.config["data"], run.config["recipe"]
-    measured = [(shown, run.metrics[key]) for key, shown in METRICS.items() if run.metrics.get(key) is not None]
-    reached = "\n".join(f"| {shown} | {value:.4g} |" for shown, value in measured)
-    converged = run.metrics.get("converged", run.notes.get("status") == "finished")
-    warning = "" if converged else "**This training did not converge.**\n\n"
+    data, recipe, train = run.config["data"], run.config["recipe"], run.config["train"]
+    further = {f"{name}/top1_pct": (f"top-1 on {name}, never trained or chosen on", _PERCENT)
+               for name in data["further_val"]}  # fmt: skip
+    reached = _known(run.metrics, _REACHED | further)
+    mean, std = (", ".join(map(str, data[key])) for key in ("mean", "std"))
     epoch = run.notes.get("best_epoch")
+    workers = train["workers"] if isinstance(train["workers"], int) else " to ".join(map(str, train["workers"]))
     facts = [
-        f"- Data: {data['name']}, images of {data['image_size']} x {data['image_size']}, validated on its own "
-        "validation split.",
+        f"- Data: {data['name']}, images of {data['image_size']} x {data['image_size']}, normalized with mean {mean} "
+        f"and deviation {std}, validated on its own validation split.",
         f"- Recipe `{recipe['name']}`, seed {run.config['seed']}"
         + ("." if epoch is None else f"; the weights are those of epoch {epoch}, the best by validation top-1."),
+        f"- Workers: {workers}, of {train['cpus_per_worker']} CPU cores each; mixed precision {train['amp']}, "
+        f"{'compiled' if train['compile'] else 'eager'}.",
     ]
     if run.notes.get("mlflow_run_id"):
         facts.append(f"- Run `{run.config['run']}`: MLflow {run.notes['mlflow_run_id']}, "
                      f"configuration {run.notes.get('fingerprint', 'unknown')}.")  # fmt: skip
-    settings = "\n".join(f"| {key} | {_setting(value)} |" for key, value in recipe.items() if key != "name")
+    settings = [(key, "off" if value is None else str(value)) for key, value in recipe.items() if key != "name"]
     return [
         "## Training",
         "\n".join(facts),
-        f"{warning}| validation | |\n| --- | --- |\n{reached}" if reached else f"{warning}Not evaluated.",
-        f"<details><summary>The recipe</summary>\n\n| | |\n| --- | --- |\n{settings}\n\n</details>",
+        _table("validation", reached) if reached else "Not evaluated.",
+        f"<details><summary>The recipe</summary>\n\n{_table('', settings)}\n\n</details>",
     ]
+
+
+def _use(to_export: Path | None) -> str:
+    folder = f"exported/{to_export.name}" if to_export else "<this folder>"
+    export = f"```console\n$ flopeq export --run {to_export} {folder}\n```\n\n" if to_export else ""
+    return (
+        f"{export}```python\nimport flopeq, timm  # importing flopeq registers the model in timm\n\n"
+        f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```"
+    )
 
 
 def _intended(name: str, run: TrainedRun | None) -> str:
     classes = f"the classes of {run.config['data']['name']}" if run else "the classes it is trained on"
+    validated = " It was validated on nothing but the images named here." if run else ""
     info = describe(name)
     mirrored = (
         " It cannot tell an image from its mirror image: do not use it where that matters (text, signs, left and "
@@ -268,9 +211,10 @@ def _intended(name: str, run: TrainedRun | None) -> str:
         else ""
     )
     return (
-        f"Meant for research on image classification: to classify images into {classes}, to be fine-tuned, or as a "
-        f"backbone (`forward_features`, `features_only=True`).{mirrored} Nobody has examined it for safety or bias, "
-        "and decisions about people need more than it gives."
+        f"Meant for research on image classification: to classify images into {classes}, to be compared with networks "
+        "that treat mirroring otherwise, to be fine-tuned, or as a backbone (`forward_features`, "
+        f"`features_only=True`).{mirrored}{validated} Nobody has examined it for safety or bias, and decisions about "
+        "people need more than it gives."
     )
 
 
@@ -285,44 +229,23 @@ def _source(license: str) -> str:
     )
 
 
-def _is_the_papers(args: dict[str, Any]) -> bool:
+def _is_the_papers(args: Mapping[str, Any]) -> bool:
     """Whether a model of these arguments has the paper's width, depth and split."""
     return not set(args) - {"num_classes", "img_size", "drop_path_rate", "checkpoint_path"}
 
 
-def _count(number: int) -> str:
+def _known(numbers: Mapping[str, Any], figures: Mapping[str, tuple[str, Words]]) -> list[tuple[str, str]]:
+    """Those of the figures that are there and finite, in words."""
+    there = [(numbers.get(key), shown, words) for key, (shown, words) in figures.items()]
+    return [(shown, words(value)) for value, shown, words in there if value is not None and math.isfinite(value)]
+
+
+def _table(head: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([f"| {head} | |" if head else "| | |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def _count(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.4g} {unit}"
-    return str(number)
-
-
-def _setting(value: Any) -> str:
-    return "off" if value is None else str(value)
-
-
-def _shown_by(checkpoint: Path, name: str) -> dict[str, Any]:
-    """Arguments that a file of weights shows: those noted by `flopeq convert`, else the number of classes."""
-    if not checkpoint.is_file():
-        raise ValueError(f"there is no {checkpoint}")
-    if checkpoint.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(checkpoint, framework="pt") as file:
-            noted = file.metadata() or {}
-            head = [file.get_slice(key).get_shape() for key in file.keys() if key == "head.weight"]  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{checkpoint} is no safetensors file, or it is damaged: {error}") from error
-    if noted.get("model", name) != name:
-        raise ValueError(f"{checkpoint} holds weights of {noted['model']}, not of {name}")
-    if "model_args" in noted:
-        return json.loads(noted["model_args"])
-    return {"num_classes": head[0][0]} if head else {}
-
-
-def _load(model: nn.Module, name: str, checkpoint: Path) -> None:
-    try:
-        load_checkpoint(model, str(checkpoint), strict=True)
-    except RuntimeError as error:
-        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
-        raise ValueError(f"{checkpoint} does not fit {name}: {first}") from error
+    return f"{number:.4g}"

@@ -437,7 +437,7 @@ def export(
     After `import flopeq`, timm.create_model("local-dir:OUT_DIR", pretrained=True) is the same network, and the folder
     can be uploaded to a model hub as it is. The card's equivariance error is measured while it is written.
     """
-    from flopeq.card import export as write
+    from flopeq.export import export as write
 
     paths = [word for word in words if "=" not in word]
     args = parse(["-", *(word for word in words if "=" in word)])[1]

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
+from flopeq.card import TrainedRun, card
 from pipeline import figures, findings
-from pipeline.card import card
 from pipeline.config import Experiment
 from pipeline.render import render
 from pipeline.report import Result
@@ -51,7 +51,7 @@ def write(
         (reports / "figures" / f"{picture.name}.png").write_bytes(picture.png)
         (reports / "figures" / f"{picture.name}.csv").write_text(picture.csv, encoding="utf-8")
     for result in results:
-        card_of(result, reports).write_text(card(result, experiment), encoding="utf-8")
+        card_of(result, reports).write_text(card_text(result, experiment, outputs), encoding="utf-8")
     content = {
         "title": f"flopeq: {experiment.tracking.experiment}",
         "table": table,
@@ -75,6 +75,22 @@ def card_of(result: Result, reports: Path = Path("reports")) -> Path:
     return reports / "cards" / f"{result.run}.md"
 
 
+def card_text(result: Result, experiment: Experiment, outputs: Path = Path("outputs")) -> str:
+    """A run's card, of the experiment as it stands."""
+    side = experiment.data.image_size
+    config = experiment.resolved(result.run)
+    return card(
+        result.model,
+        config["args"],
+        (3, side, side),
+        result.numbers(),
+        weights="those of `weights.safetensors`",
+        conditions=result.conditions,
+        run=TrainedRun(config, result.measured, result.note, result.failure),
+        to_export=outputs / result.run,
+    )
+
+
 def links(result: Result, reports: Path, outputs: Path, run_urls: Mapping[str, str]) -> list[Link]:
     """A run's card, configuration and weights, as far as they are there, and its MLflow run."""
     folder = outputs / result.run
@@ -93,11 +109,7 @@ def _hint(url: str) -> str:
 def measured_how(experiment: Experiment, results: Sequence[Result]) -> list[str]:
     """Where the numbers come from and under what conditions they hold."""
     train, data = experiment.train, experiment.data
-    settings = {
-        f"{s['device']}, {s['dtype']}, batch {s['batch_size']}, {'compiled' if s['compiled'] else 'eager'}"
-        for s in (result.speed for result in results)
-        if s
-    }
+    settings = {result.conditions for result in results if result.speed}
     workers = f"{train.most_workers} worker{'s' if train.most_workers > 1 else ''}"
     notes = [
         f"Data: {data.name}, images of {data.image_size} × {data.image_size} pixels. Training: {workers} of "

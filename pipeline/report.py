@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flopeq.card import failure
 from flopeq.paper import Table1Row, table1
 from flopeq.registry import describe
 from pipeline.config import Experiment
@@ -66,7 +67,8 @@ class Result:
     """The run's entry in throughput.json."""
     baseline: str | None
     """For E and H: the run of X of the same size and arguments; of several, nearest in recipe and seed."""
-    mlflow_run_id: str | None
+    note: Mapping[str, Any]
+    """What run.json holds."""
     throughput_ratio: float | None = None
     """Images per second over the baseline's."""
     flop_ratio: float | None = None
@@ -88,6 +90,18 @@ class Result:
     @property
     def img_per_s(self) -> float | None:
         return self.speed.get("img_per_s")
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        return self.note.get("mlflow_run_id")
+
+    @property
+    def conditions(self) -> str:
+        """How its throughput was measured; empty: it was not."""
+        if not self.speed:
+            return ""
+        compiled = "compiled" if self.speed["compiled"] else "eager"
+        return f"{self.speed['device']}, {self.speed['dtype']}, batch {self.speed['batch_size']}, {compiled}"
 
     @property
     def share(self) -> float | None:
@@ -169,7 +183,7 @@ def _read(
         family=info and info.family,
         variant=info and info.variant,
         paper=next((row for row in table1() if papers and row.model == run.model), None),
-        failure=_failure(note, metrics, measured),
+        failure=failure(note, metrics) or (None if "val/top1_pct" in measured else "it has no validation accuracy"),
         history=_history(folder / "history.csv"),
         measured=measured,
         params=complexity.get("params"),
@@ -177,7 +191,7 @@ def _read(
         macs=complexity.get("macs"),
         speed=speed,
         baseline=_baseline(experiment, name),
-        mlflow_run_id=note.get("mlflow_run_id"),
+        note=note,
     )
 
 
@@ -185,18 +199,6 @@ def _group(experiment: Experiment, name: str) -> str:
     run = experiment.run(name)
     return next(other for other, theirs in experiment.models.items()
                 if theirs.model_copy(update={"seed": run.seed}) == run)
-
-
-def _failure(
-    note: Mapping[str, Any], metrics: Mapping[str, Any], measured: Mapping[str, float]
-) -> str | None:
-    if note.get("status") == "diverged":
-        return f"it diverged ({note.get('message') or 'non-finite loss'}); shown is its best epoch before"
-    if "val/top1_pct" not in measured:
-        return "it has no validation accuracy"
-    if not metrics.get("converged", True):
-        return f"its training ended at {measured['val/top1_pct']:.1f}% top-1"
-    return None
 
 
 def _baseline(experiment: Experiment, name: str) -> str | None:

@@ -7,12 +7,13 @@ import json
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from flopeq.build import build
-from flopeq.card import card, export, measured_error
+from flopeq.card import card
 from flopeq.cli import main
-from flopeq.flops import Complexity
+from flopeq.export import export, measured_error
 from tests.small import SMALL, away_from_zero
 
 ARGS = {"img_size": 32, "patch_size": 8, "num_classes": 5}
@@ -68,11 +69,13 @@ def run(tmp_path):
     config = {
         "run": "e-vit", "model": E, "args": args, "seed": 3,
         "data": {"name": "digits", "image_size": 32, "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5],
-                 "std": [0.2, 0.2, 0.2]},
+                 "std": [0.2, 0.2, 0.2], "further_val": {"other": "data/other", "gone": "data/gone"}},
         "recipe": {"name": "quick", "epochs": 60, "lr": 0.002, "auto_augment": None, "test_crop_ratio": 0.9},
+        "train": {"workers": [1, 4], "cpus_per_worker": 2, "amp": "bf16", "compile": True},
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    metrics = {"val/top1_pct": 97.2222, "val/flop_agreement_pct": 100.0, "val/real_top1_pct": None, "converged": True}
+    metrics = {"val/top1_pct": 97.2222, "val/flop_agreement_pct": 100.0, "val/real_top1_pct": None, "converged": True,
+               "equivariance/max_rel_error": 3.1e-7, "val/loss": float("nan"), "other/top1_pct": 88.88}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     notes = {"run": "e-vit", "mlflow_run_id": "3ca57", "fingerprint": "aa46", "status": "finished", "best_epoch": 47}
     (folder / "run.json").write_text(json.dumps(notes))
@@ -87,9 +90,15 @@ def test_a_trained_run_brings_model_weights_preprocessing_and_figures(run, tmp_p
     assert (data["interpolation"], list(data["std"]), data["crop_pct"]) == ("bilinear", [0.2, 0.2, 0.2], 0.9)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# e-vit: E(ViT)\n" in card and "seed 3" in card and "epoch 47" in card
-    assert "| top-1 (%) | 97.22 |" in card and "| lr | 0.002 |" in card and "ReaL" not in card
+    assert "| top-1 | 97.2 % |" in card and "| lr | 0.002 |" in card and "| auto_augment | off |" in card
+    assert "ReaL" not in card and "| loss" not in card and "images/s" not in card
+    assert "| equivariance error of the logits | 3.1e-07 |" in card and "MLflow 3ca57, configuration aa46" in card
+    assert "| top-1 on other, never trained or chosen on | 88.9 % |" in card and "top-1 on gone" not in card
+    assert "Workers: 1 to 4, of 2 CPU cores each; mixed precision bf16, compiled." in card
+    assert 'create_model("local-dir:<this folder>"' in card and "flopeq export" not in card
     assert f"{measured_error(model, (3, 32, 32)):.1e}" in card
     assert card.startswith("---\nlibrary_name: timm\n")
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["digits"]
     assert "did not converge" not in card
 
 
@@ -101,10 +110,17 @@ def test_a_run_that_diverged_says_so(run, tmp_path):
 
 
 def test_untrained_weights_are_called_so_and_the_papers_figure_is_not_theirs():
-    counted = Complexity(params=11_200_000, flops=2_300_000_000, macs=2_200_000_000, elementwise=100_000_000)
-    text = card("flop_convnext_iso_small", {}, (3, 224, 224), counted, 0.0, weights="random, untrained")
+    numbers = {"complexity/params_m": 11.2, "complexity/gflops": 2.3, "equivariance/float64_error": 0.0}
+    text = card("flop_convnext_iso_small", {}, (3, 224, 224), numbers, weights="random, untrained")
     assert "random, untrained" in text and "# E(ConvNeXt-S (iso.))" in text and "| parameters | 11.2 M |" in text
-    assert "(its weights, not these) | 76.8 % |" in text
+    assert "(its weights, not these) | 76.8 % |" in text and "multiply-adds" not in text and "## Training" not in text
+
+
+def test_a_run_that_nobody_evaluated_is_not_said_to_have_failed(run, tmp_path):
+    (run / "metrics.json").unlink()
+    export(None, tmp_path / "out", run=run)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not evaluated." in card and "did not converge" not in card
 
 
 def test_the_weights_licence_is_the_one_given(run, tmp_path):

@@ -36,7 +36,7 @@ import flopeq
 took = time.perf_counter() - start
 assert took < 0.3, took  # 0.02 s on an idle machine
 assert not {{"typer", "rich", "pydantic", "fvcore"}} & set(sys.modules)
-from flopeq import benchmark, card, cli, comparison, convert, flops, profiling, testing
+from flopeq import benchmark, card, cli, comparison, convert, export, flops, profiling, testing
 try:
     cli.main(["complexity", "flop_deit3_small_patch16_224", "img_size=32", "depth=1"])
 except SystemExit as stop:
