@@ -48,7 +48,7 @@ class TrainedRun:
     metrics: Mapping[str, Any]
     """metrics.json; empty before `evaluate`."""
     notes: Mapping[str, Any]
-    """run.json: status, best epoch, fingerprint, MLflow's run."""
+    """run.json: status, why it diverged, best epoch, fingerprint, MLflow's run."""
     failure: str | None
     """Why it did not converge; None: it did, as far as is known."""
 
@@ -56,7 +56,8 @@ class TrainedRun:
 def failure(notes: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
     """Why a run did not converge, as its run.json and metrics.json say; None: it did, or nobody has evaluated it."""
     if notes.get("status") == "diverged":
-        return f"it diverged ({notes.get('message') or 'non-finite loss'}); shown is its best epoch before"
+        reason = (notes.get("message") or "non-finite loss").partition(";")[0]  # the images come after that
+        return f"it diverged ({reason}); shown is its best epoch before"
     if metrics.get("converged", True):
         return None
     top1 = metrics.get("val/top1_pct")

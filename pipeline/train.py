@@ -324,6 +324,7 @@ def _write_outputs(
         "mlflow_run_id": mlflow_run_id,
         "fingerprint": place.fingerprint,
         "status": outcome["status"],
+        "message": outcome["message"],
         "best_epoch": outcome["best_epoch"][loop.PLAIN],
     })
 

@@ -110,7 +110,7 @@ def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(plac
     change("recipe", lr=1e30, epochs=2, clip_grad_norm=None, warmup_epochs=0)
     output = finish()
     assert "diverged" in output and "train/" in output
-    assert note()["status"] == "diverged"
+    assert note()["status"] == "diverged" and "images of this worker's batch: ['train/" in note()["message"]
     assert all(weight.isfinite().all() for weight in load_file("outputs/vit/weights.safetensors").values())
     assert yaml.safe_load(Path("outputs/vit/config.yaml").read_text())["recipe"]["lr"] == 1e30
     assert Path("outputs/vit/history.csv").read_text().startswith("epoch,lr,train/loss,val/loss")
