@@ -19,6 +19,7 @@ from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, butterfly, half, join, split
+from flopeq.products import Linear
 
 Halves = tuple[Tensor, Tensor]
 """Features whose even and odd halves lie apart."""
@@ -38,8 +39,8 @@ class FlopLinear(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner, outer = half(in_features, "in_features"), half(out_features, "out_features")
-        self.even = nn.Linear(inner, outer, bias=bias, **dd)
-        self.odd = nn.Linear(inner, outer, bias=False, **dd)
+        self.even = Linear(inner, outer, bias=bias, **dd)
+        self.odd = Linear(inner, outer, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return join(*self.on_halves(*split(x)))
@@ -202,12 +203,12 @@ class FlopAttention(nn.Module):
         """The same on halves that lie apart."""
         if is_causal:
             raise ValueError("a causal mask tells left from right, so the attention would not commute with the flop")
-        # Halves go straight from the products to their places in the heads.
+        # Halves go straight from the products to their places in the heads, in the order in which they come.
         even, odd = (
-            rearrange(part, "B N (k h d) -> k B h N d", k=3, h=self.num_heads)
+            rearrange(part, "B N (k h d) -> k B N h d", k=3, h=self.num_heads)
             for part in self.qkv.on_halves(even, odd)
         )
-        q, k, v = join(even, odd).unbind(0)
+        q, k, v = join(even, odd).transpose(2, 3).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0

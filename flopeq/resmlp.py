@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import DropPath
 from timm.layers.activations import quick_gelu
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from flopeq.irreps import butterfly, change_basis, half, join, split
 from flopeq.layers import FlopPatchEmbed, pair
+from flopeq.products import Linear, linear
 from flopeq.variants import FlopHead, baseline_of, check_head, register, split_point, untrained_cfgs
 
 __all__ = ["FlopMlpMixer"]
@@ -128,12 +128,12 @@ class BiparityLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
         super().__init__()
         inner, outer = half(in_features, "in_features"), half(out_features, "out_features")
-        self.even = nn.Linear(inner, outer, device=device, dtype=dtype)
-        self.odd = nn.Linear(inner, outer, device=device, dtype=dtype)
+        self.even = Linear(inner, outer, device=device, dtype=dtype)
+        self.odd = Linear(inner, outer, device=device, dtype=dtype)
 
     def forward(self, x: Parts) -> Parts:
         w_even, w_odd = self.even.weight, self.odd.weight
-        return Parts(self.even(x.ee), F.linear(x.eo, w_even), F.linear(x.oe, w_odd), self.odd(x.oo))
+        return Parts(self.even(x.ee), linear(x.eo, w_even), linear(x.oe, w_odd), self.odd(x.oo))
 
 
 class TokenMixing(nn.Module):

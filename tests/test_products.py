@@ -1,0 +1,108 @@
+"""Products by oneDNN: the values of torch's own, and only where they apply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flopeq import products
+from flopeq.build import build
+from flopeq.testing import relative_error
+from tests.small import SMALL, away_from_zero
+
+needs_onednn = pytest.mark.skipif(not products._by_onednn, reason="needs oneDNN on an x86 CPU")
+LARGE = (600, 192, 768)  # tokens, in_features, out_features: 88 million multiply-adds
+
+
+@pytest.fixture(autouse=True)
+def _as_at_the_start():
+    yield
+    products.set_onednn(True)
+
+
+def operands(tokens: int, inner: int, outer: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    return torch.randn(tokens, inner, dtype=dtype, device=device), torch.randn(outer, inner, dtype=dtype, device=device)
+
+
+@needs_onednn
+@pytest.mark.parametrize("tokens, inner, outer", [LARGE, (997, 131, 257), (1, 8192, 4096), (70000, 16, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "half of a tensor", "in two axes", "transposed"])
+def test_the_values_are_those_of_torch(tokens, inner, outer, bias, layout):
+    x, weight = operands(tokens, inner, outer)
+    x = {
+        "contiguous": x,
+        "half of a tensor": torch.cat((x, x), dim=-1).chunk(2, -1)[1],
+        "in two axes": x[None],
+        "transposed": x.T.contiguous().T,
+    }[layout]
+    b = torch.randn(outer) if bias else None
+    with torch.no_grad():
+        assert products.is_by_onednn(x, weight)
+        found = products.linear(x, weight, b)
+    exact = F.linear(x.double(), weight.double(), b.double() if bias else None)
+    assert found.shape == exact.shape and found.dtype == torch.float32 and found.is_contiguous()
+    assert relative_error(found.double(), exact) < 2 * relative_error(F.linear(x, weight, b).double(), exact) + 1e-6
+
+
+@needs_onednn
+def test_the_operator_says_what_it_gives():
+    x, weight = operands(*LARGE)
+    for bias in (torch.randn(LARGE[2]), None):
+        torch.library.opcheck(torch.ops.flopeq.linear.default, (x, weight, bias),
+                              test_utils=("test_schema", "test_faketensor"))  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [
+    "gradients", "small", "float64", "bfloat16", "autocast", "meta", "exported", "switched off",
+])  # fmt: skip
+def test_torch_makes_the_product_elsewhere(case):
+    """And gives what it always gave, to the bit."""
+    dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(case, torch.float32)
+    size = (60, 192, 768) if case == "small" else LARGE
+    x, weight = operands(*size, dtype=dtype, device="meta" if case == "meta" else "cpu")
+    layer = products.Linear(size[1], size[2], bias=False, device=x.device, dtype=dtype)
+    layer.weight.copy_(weight)
+    products.set_onednn(case != "switched off")
+    if case == "exported":
+        targets = [str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes]
+        assert not any("flopeq" in target for target in targets) and any("linear" in target for target in targets)
+    else:
+        with torch.set_grad_enabled(case == "gradients"), torch.autocast("cpu", enabled=case == "autocast"):
+            assert not products.is_by_onednn(x, weight)
+            found, expected = layer(x), F.linear(x, weight)
+        assert found.requires_grad == (case == "gradients") and found.dtype == expected.dtype
+        assert case == "meta" or torch.equal(found, expected)
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("name, family", [
+    ("flop_deit3_small_patch16_224", "vit"), ("flophybrid_deit3_small_patch16_224", "vit"),
+    ("flop_resmlp_24_224", "resmlp"), ("flop_convnext_iso_small", "convnext_iso"),
+])  # fmt: skip
+def test_a_network_gives_the_same_logits_with_it(name, family, monkeypatch):
+    monkeypatch.setattr(products, "_LEAST", 0)
+    model = away_from_zero(build(name, **SMALL[family], img_size=32, patch_size=8)).eval()
+    images_BCHW, made = torch.randn(2, 3, 32, 32), []
+    monkeypatch.setattr(products, "is_by_onednn", lambda *operands, ask=products.is_by_onednn:
+                        made.append(ask(*operands)) or made[-1])  # fmt: skip
+    found = model(images_BCHW)
+    assert made and all(made)
+    products.set_onednn(False)
+    torch.testing.assert_close(found, model(images_BCHW), rtol=1e-4, atol=1e-5)
+    assert not any(made[len(made) // 2 :])
+
+
+@needs_onednn
+@torch.no_grad()
+def test_compiled_it_is_the_same_operator(monkeypatch):
+    layer = products.Linear(192, 768).eval()
+    x = torch.randn(600, 192)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    small = x[:10]  # another answer of `is_by_onednn`
+    torch.testing.assert_close(compiled(small), layer(small))
