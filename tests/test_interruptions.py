@@ -313,7 +313,15 @@ def test_a_killed_worker_costs_nothing_but_time(cluster, undisturbed, place, cap
     assert_nothing_left()
 
 
-def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster, undisturbed, place, caplog):
+@pytest.fixture(scope="module")
+def ended() -> Iterator[list[psutil.Process]]:
+    """Processes that must end. Ray's agents take half a minute to see that they are alone."""
+    processes: list[psutil.Process] = []
+    yield processes
+    assert not psutil.wait_procs(processes, timeout=60)[1]
+
+
+def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster, undisturbed, place, caplog, ended):
     caplog.set_level(logging.INFO, "pipeline")
     wait, expected = drawn("kill the driver"), undisturbed(1)
     prepare_trial(**wait)
@@ -321,8 +329,8 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster,
     with start("trial", "vit", env=alone) as driver:  # with a cluster of its own
         reached(driver)
         [process] = [process for process in psutil.Process().children() if process.pid == driver.pid]
-        started = process.children(recursive=True)
-        assert len(started) > 3
+        ended += process.children(recursive=True)
+        assert len(ended) > 3
         driver.kill()
         end(driver)
     assert not Path("outputs/vit/run.json").exists()
@@ -332,7 +340,6 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster,
     assert 0 < step <= wait["step"]
     assert_one_whole_mlflow_run()
     assert_nothing_left()
-    assert not psutil.wait_procs(started, timeout=60)[1]  # Ray's agents take half a minute to see that they are alone
 
 
 def test_a_lost_node_that_is_replaced_costs_nothing_but_time(cluster, undisturbed, place, caplog, monkeypatch):
@@ -356,8 +363,11 @@ def test_a_lost_node_that_is_replaced_costs_nothing_but_time(cluster, undisturbe
     assert_nothing_left()
 
 
-def test_a_lost_node_that_is_not_replaced_leaves_the_same_mathematics(cluster, undisturbed, place, caplog):
+def test_a_lost_node_that_is_not_replaced_leaves_the_same_mathematics(
+    cluster, undisturbed, place, caplog, monkeypatch
+):
     caplog.set_level(logging.INFO, "pipeline")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")  # for the second worker, which Ray waits for
     wait, expected = drawn("lose a node for good", workers=2), undisturbed(1, float64=True)
     node = second(cluster, 1)
     prepare_trial(workers=[1, 2], float64=True, **wait)

@@ -41,7 +41,7 @@ def test_the_values_are_those_of_torch(tokens, inner, outer, bias, layout):
     with torch.no_grad():
         assert products.is_by_onednn(x, weight)
         found = products.linear(x, weight, b)
-    exact = F.linear(x.double(), weight.double(), b.double() if bias else None)
+    exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
     assert found.shape == exact.shape and found.dtype == torch.float32 and found.is_contiguous()
     assert relative_error(found.double(), exact) < 2 * relative_error(F.linear(x, weight, b).double(), exact) + 1e-6
 
