@@ -41,12 +41,12 @@ def is_by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN makes this product."""
     return (
         _by_onednn
+        and not torch.compiler.is_exporting()  # before the size, which may be a symbol there
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * len(weight) >= _LEAST
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
     )
 
 
