@@ -406,7 +406,7 @@ def test_any_number_of_ray_tasks_writes_the_same_bytes(root, tmp_path, cpus):
     source = layouts.kaggle_zip(images, tmp_path / "source")
     script = ("import sys; from pipeline import cluster, shard; cluster.connect(); import ray; "
               "shard.write(*sys.argv[1:], images_per_shard=4, seed=0, on_bad_image='skip', in_process=False)")
-    start = f"import ray; ray.init(num_cpus={cpus}, include_dashboard=False, log_to_driver=False); "
+    start = f"import ray; ray.init('local', num_cpus={cpus}, include_dashboard=False, log_to_driver=False); "
     subprocess.run([sys.executable, "-c", start + script, source, tmp_path / "tasks"], cwd=root, check=True)
     write(source, tmp_path / "here", on_bad_image="skip", in_process=True)
     assert contents(tmp_path / "tasks") == contents(tmp_path / "here")
