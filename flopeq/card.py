@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import timm
 import torch
 
 from flopeq.comparison import flopeq_version
-from flopeq.paper import table1
+from flopeq.paper import table1, without_size
 from flopeq.registry import describe
 from flopeq.variants import baseline_of
 
@@ -61,7 +60,8 @@ def failure(notes: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
     if metrics.get("converged", True):
         return None
     top1 = metrics.get("val/top1_pct")
-    return "it has no validation accuracy" if top1 is None else f"its training ended at {top1:.1f}% top-1"
+    known = top1 is not None and math.isfinite(top1)
+    return f"its training ended at {top1:.1f}% top-1" if known else "it has no validation accuracy"
 
 
 def card(
@@ -89,7 +89,7 @@ def card(
     info = describe(name)
     title = info.paper_name if info else name
     if info and not _is_the_papers(args):  # E(ViT), not E(ViT-S)
-        title = re.sub(r"-[TSBLH]\d*\b", "", title)
+        title = without_size(title)
     if run:
         title = f"{run.config['run']}: {title}"
     parts = [

@@ -103,9 +103,9 @@ def export(
     return Exported(name, str(folder), counted.params, counted.flops, error)
 
 
-def measured_error(model: nn.Module, size: tuple[int, int, int], seed: int = 0) -> float:
+def measured_error(model: nn.Module, size: tuple[int, int, int]) -> float:
     """The largest difference between logits of two random images and of their flops, relative, in float64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     images_BCHW = torch.randn(2, *size, generator=generator, dtype=torch.float64)
     return equivariance_error(copy.deepcopy(model).cpu().double().eval(), images_BCHW)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -39,6 +40,11 @@ def table1() -> tuple[Table1Row, ...]:
     """The 25 rows in the paper's order."""
     lines = (files("flopeq") / "table1.csv").read_text(encoding="utf-8").splitlines()
     return tuple(_row(fields) for fields in csv.DictReader(lines))
+
+
+def without_size(paper_name: str) -> str:
+    """ "E(ResMLP-B24)" -> "E(ResMLP)"."""
+    return re.sub(r"-[TSBLH]\d*(?=\W|$)", "", paper_name)
 
 
 def _row(fields: dict[str, str]) -> Table1Row:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 _LEAST = 1 << 24
 """Multiply-adds from which the start-up no longer counts."""
-_by_onednn = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+_AVAILABLE = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+_by_onednn = _AVAILABLE
 
 
 class Linear(nn.Linear):
@@ -53,7 +54,7 @@ def is_by_onednn(x: Tensor, weight: Tensor) -> bool:
 def set_onednn(enabled: bool) -> None:
     """Lets oneDNN make products, as it does from the start where it can, or leaves all of them to torch."""
     global _by_onednn
-    _by_onednn = enabled and torch.backends.mkldnn.is_available()
+    _by_onednn = enabled and _AVAILABLE
 
 
 torch.library.define(
