@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import pareto, sweep_figures
+from pipeline.files import read_json
 from pipeline.pictures import Picture
-from pipeline.report import read_json
 from pipeline.table import NOTHING, Cell, Row, Table
 
 

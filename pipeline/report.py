@@ -7,18 +7,17 @@ one that did not converge, has its result all the same, with a dagger.
 from __future__ import annotations
 
 import csv
-import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flopeq.card import failure
-from flopeq.paper import Table1Row, table1
+from flopeq.paper import Table1Row, table1, without_size
 from flopeq.registry import describe
 from pipeline.config import Experiment
+from pipeline.files import read_json
 
 _MEASURED = (
     "val/top1_pct",
@@ -179,7 +178,7 @@ def _read(
         model=run.model,
         recipe=run.recipe,
         seed=experiment.seed_of(name),
-        name=run.model if info is None else info.paper_name if papers else _without_size(info.paper_name),
+        name=run.model if info is None else info.paper_name if papers else without_size(info.paper_name),
         family=info and info.family,
         variant=info and info.variant,
         paper=next((row for row in table1() if papers and row.model == run.model), None),
@@ -243,16 +242,6 @@ def _compare(result: Result, baseline: Result | None) -> Result:
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
-
-
-def _without_size(paper_name: str) -> str:
-    """ "E(ResMLP-B24)" -> "E(ResMLP)"."""
-    return re.sub(r"-[TSBLH]\d*(?=\W|$)", "", paper_name)
-
-
-def read_json(path: Path, default: Any) -> Any:
-    """What a file holds, or the default where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else default
 
 
 def _history(path: Path) -> tuple[Mapping[str, float], ...]:

@@ -12,8 +12,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from pipeline.files import read_json
 from pipeline.pictures import STYLE, Picture, mark, picture
-from pipeline.report import read_json
 
 IMPORTANCE = "fANOVA"
 """Whose measure of importance it is."""

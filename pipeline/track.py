@@ -31,6 +31,7 @@ import torch
 
 from flopeq.registry import describe
 from pipeline.config import Experiment
+from pipeline.files import read_json
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read on import: they keep mlflow off the network
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -67,8 +68,7 @@ def uri() -> str:
 
 def run_id(run_name: str, outputs: Path = Path("outputs")) -> str | None:
     """The MLflow run that `train@<run_name>` made, from its run.json; None where it made none."""
-    path = outputs / run_name / "run.json"
-    return json.loads(path.read_text()).get("mlflow_run_id") if path.is_file() else None
+    return read_json(outputs / run_name / "run.json", {}).get("mlflow_run_id")
 
 
 def urls(experiment: Experiment, run_ids: Iterable[str]) -> tuple[str | None, dict[str, str]]:

@@ -11,7 +11,6 @@ import csv
 import hashlib
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -35,6 +34,7 @@ import flopeq
 from pipeline import cluster, data, journal, loop, recipe
 from pipeline.checkpoint import Checkpoints, open_place
 from pipeline.config import ConfigError, Experiment
+from pipeline.files import read_json, write_json
 from pipeline.worker import Task, work
 
 logger = logging.getLogger(__name__)
@@ -211,8 +211,7 @@ class _Place:
                     system.delete_dir(entry.path)
         files.create_dir(root, recursive=True)
         self.tidy()
-        path = self.notes / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(self.notes / "run.json", {})
 
     def ask_to_stop(self) -> None:
         """Makes the file that asks the workers to stop."""
@@ -221,7 +220,7 @@ class _Place:
 
     def write(self, mlflow_run_id: str, status: str) -> None:
         """Notes how the training stands, and in which MLflow run."""
-        _write_json(self.notes / "run.json", {"mlflow_run_id": mlflow_run_id, "status": status})
+        write_json(self.notes / "run.json", {"mlflow_run_id": mlflow_run_id, "status": status})
 
     def tidy(self) -> None:
         """Removes Ray's own notes, which nothing reads, and the wish to stop."""
@@ -319,7 +318,7 @@ def _write_outputs(
 
     files = [folder / file for file in (*(_WEIGHTS[name] for name in weights), "config.yaml")]
     track.log_final(mlflow_run_id, {}, files)
-    _write_json(folder / "run.json", {
+    write_json(folder / "run.json", {
         "run": configuration["run"],
         "mlflow_run_id": mlflow_run_id,
         "fingerprint": place.fingerprint,
@@ -327,10 +326,3 @@ def _write_outputs(
         "message": outcome["message"],
         "best_epoch": outcome["best_epoch"][loop.PLAIN],
     })
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

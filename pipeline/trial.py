@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Experiment, Train
+from pipeline.files import read_json, write_json
 
 State = Literal["finished", "stopped", "diverged", "failed"]
 STATES: tuple[State, ...] = ("finished", "stopped", "diverged", "failed")
@@ -105,14 +106,10 @@ class Folder:
 
     def note(self, name: str) -> dict[str, Any]:
         """The content of `<name>.json`; empty where there is none."""
-        path = self.path / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_json(self.path / f"{name}.json", {})
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        partial = self.path / f"{name}.json.partial"
-        partial.write_text(json.dumps(content) + "\n")
-        os.replace(partial, self.path / f"{name}.json")
+        write_json(self.path / f"{name}.json", content)
 
     def tidy(self) -> None:
         """Removes the checkpoints and Ray's own notes, which a trial that has ended needs no more."""
