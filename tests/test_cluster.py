@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import committed
 import pytest
 import yaml
+from ports import free_port
 
 from pipeline import cluster, config, track
 from pipeline.config import ConfigError
@@ -217,12 +217,6 @@ def two_nodes() -> Iterator[tuple[str, str]]:
         yield nodes.address, f"http://127.0.0.1:{port}"
     finally:
         nodes.shutdown()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def takes_jobs(url: str) -> bool:

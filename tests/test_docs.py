@@ -37,6 +37,11 @@ def blocks(path: Path, language: str) -> list[tuple[str, str]]:
     return [(match["note"] or "", match["code"]) for match in found if match["language"] == language]
 
 
+def python(path: Path) -> list[str]:
+    """The page's blocks of Python that run."""
+    return [code for note, code in blocks(path, "python") if not note.startswith("not run")]
+
+
 def commands(slow: bool) -> list[Any]:
     """Every `$ flopeq ...` of the pages' console blocks, once."""
     found = {}
@@ -61,27 +66,26 @@ def page_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*FileIO:pytest.PytestUnraisableExceptionWarning")  # timm's
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in PAGES if python(path)], ids=lambda path: path.stem)
 def test_python_of_a_page_runs_from_top_to_bottom(path, page_module, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    for note, code in blocks(path, "python"):
-        if not note.startswith("not run"):
-            exec(compile(code, str(path), "exec"), vars(page_module))
+    for code in python(path):
+        exec(compile(code, str(path), "exec"), vars(page_module))
 
 
 @pytest.mark.parametrize("words", commands(slow=False))
 def test_commands_of_a_page_run(words):
-    run(words)
+    assert_runs(words)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", commands(slow=True))
 def test_long_commands_of_a_page_run(words):
     """With one image a pass."""
-    run([*words, "--batch-size", "1"])
+    assert_runs([*words, "--batch-size", "1"])
 
 
-def run(words: list[str]) -> None:
+def assert_runs(words: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert not stop.value.code

@@ -187,8 +187,8 @@ def test_classes_have_names_from_wherever_they_stand(tmp_path):
         (tmp_path / "tars" / name).unlink()
 
 
-def refused(tmp_path: Path, told: str, train: dict[str, bytes], val: dict[str, bytes] | None = None,
-            labels: str = "own") -> None:
+def assert_refused(tmp_path: Path, told: str, train: dict[str, bytes], val: dict[str, bytes] | None = None,
+                   labels: str = "own") -> None:
     with pytest.raises(ShardError, match=told):
         index_shards(str(two_splits(tmp_path / "tars", train, val)), tmp_path / "out", labels=labels)
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -218,21 +218,21 @@ JPEG = layouts.jpeg(0)
      {"a__jpg": JPEG, "a__cls": b"0", "b__jpg": JPEG, "b__cls": b"0", "a__JPEG": JPEG, "a__CLS": b"0"}),
 ])
 def test_samples_that_do_not_fit_are_named_with_their_shard(tmp_path, told, files):
-    refused(tmp_path, told, files)
+    assert_refused(tmp_path, told, files)
 
 
 def test_classes_that_do_not_fit_are_named_with_their_shard(tmp_path):
     cat, dog = {"a__jpg": JPEG, "a__cls": b"cat"}, {"b__jpg": JPEG, "b__cls": b"dog"}
-    refused(tmp_path, "val-0.tar: b: no training image has its class, dog", cat, cat | dog)
-    refused(tmp_path, "train-0.tar: a: class cat is none of ImageNet's 1,000", cat, labels="imagenet")
-    refused(tmp_path, "train-0.tar: a: class number 1000 is none of ImageNet's",
-            {"a__jpg": JPEG, "a__cls": b"1000"}, labels="imagenet")
+    assert_refused(tmp_path, "val-0.tar: b: no training image has its class, dog", cat, cat | dog)
+    assert_refused(tmp_path, "train-0.tar: a: class cat is none of ImageNet's 1,000", cat, labels="imagenet")
+    assert_refused(tmp_path, "train-0.tar: a: class number 1000 is none of ImageNet's",
+                   {"a__jpg": JPEG, "a__cls": b"1000"}, labels="imagenet")
 
 
 def test_imagenet_in_another_order_is_refused(tmp_path):
     files = {f"{wnid}_1__{kind}": content for number, wnid in enumerate(reversed(imagenet.wnids()))
              for kind, content in (("jpg", b"image"), ("cls", str(number).encode()))}
-    refused(tmp_path, "their numbers are not ImageNet's usual ones: set data.labels to imagenet", files)
+    assert_refused(tmp_path, "their numbers are not ImageNet's usual ones: set data.labels to imagenet", files)
     manifest = index_shards(str(tmp_path / "tars"), tmp_path / "out", labels="imagenet")
     assert all(manifest.classes[label] == key[:9] for key, label in labels_of(tmp_path / "out").items())
 

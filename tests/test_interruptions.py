@@ -313,15 +313,7 @@ def test_a_killed_worker_costs_nothing_but_time(cluster, undisturbed, place, cap
     assert_nothing_left()
 
 
-@pytest.fixture(scope="module")
-def ended() -> Iterator[list[psutil.Process]]:
-    """Processes that must end. Ray's agents take half a minute to see that they are alone."""
-    processes: list[psutil.Process] = []
-    yield processes
-    assert not psutil.wait_procs(processes, timeout=60)[1]
-
-
-def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster, undisturbed, place, caplog, ended):
+def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster, undisturbed, place, caplog):
     caplog.set_level(logging.INFO, "pipeline")
     wait, expected = drawn("kill the driver"), undisturbed(1)
     prepare_trial(**wait)
@@ -329,8 +321,8 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster,
     with start("trial", "vit", env=alone) as driver:  # with a cluster of its own
         reached(driver)
         [process] = [process for process in psutil.Process().children() if process.pid == driver.pid]
-        ended += process.children(recursive=True)
-        assert len(ended) > 3
+        started = process.children(recursive=True)
+        assert len(started) > 3
         driver.kill()
         end(driver)
     assert not Path("outputs/vit/run.json").exists()
@@ -340,6 +332,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster,
     assert 0 < step <= wait["step"]
     assert_one_whole_mlflow_run()
     assert_nothing_left()
+    assert not psutil.wait_procs(started, timeout=60)[1]  # Ray's agents take half a minute to see that they are alone
 
 
 def test_a_lost_node_that_is_replaced_costs_nothing_but_time(cluster, undisturbed, place, caplog, monkeypatch):
@@ -462,6 +455,8 @@ def test_checkpoints_at_s3_survive_a_killed_worker_too(cluster, s3, undisturbed,
 def project(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The place with what DVC runs, where the stage `train` is a trial's."""
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # stages say `python`
+    # In it DVC runs its stages; dash would stay in between and end by a signal itself, with a status of its own.
+    monkeypatch.setenv("SHELL", str(shutil.which("bash")))
     for name in ("flopeq", "pipeline", "stages", "dvc.yaml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, place / name)
@@ -496,8 +491,7 @@ def test_the_whole_pipeline_stopped_by_sigterm_and_then_by_ctrl_c_goes_on_where_
         os.killpg(dvc.pid, signal.SIGINT)  # as a terminal sends it
         told = end(dvc)
         assert time.monotonic() - since < 15
-    # A shell that does not hand over its process to the stage, as dash, ends by the signal itself.
-    assert dvc.returncode != 0 and re.search(r"exited with (130|-2)\b", told), told
+    assert dvc.returncode != 0 and "exited with 130" in told, told
     [went_on] = resumed(told)
     assert went_on > first
     assert_nothing_left()

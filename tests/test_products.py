@@ -98,7 +98,7 @@ def test_a_network_gives_the_same_logits_with_it(name, family, monkeypatch):
 
 @needs_onednn
 @torch.no_grad()
-def test_compiled_it_is_the_same_operator(monkeypatch):
+def test_compiled_it_is_the_same_operator():
     layer = products.Linear(192, 768).eval()
     x = torch.randn(600, 192)
     torch._dynamo.reset()

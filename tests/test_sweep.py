@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ports import free_port
 
 from pipeline import config, findings, pareto, space
 from pipeline.config import ConfigError
@@ -270,12 +270,10 @@ def copy_of(digits: Path, place: Path, recipe: dict[str, Any] | None = None, **c
 @pytest.fixture(scope="module")
 def running_cluster() -> Iterator[dict[str, str]]:
     """A Ray cluster of two cores that outlives its drivers; the variables that lead there."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]  # for the state of actors; another cluster on this machine may have the usual one
     code = (
         "import sys; from ray.cluster_utils import Cluster;"
-        f"args = {{'num_cpus': 2, 'include_dashboard': True, 'dashboard_port': {port}}};"
+        # For the state of actors; another cluster on this machine may have the usual port.
+        f"args = {{'num_cpus': 2, 'include_dashboard': True, 'dashboard_port': {free_port()}}};"
         "nodes = Cluster(initialize_head=True, head_node_args=args); print('at', nodes.address, flush=True);"
         "sys.stdin.read(); nodes.shutdown()"
     )
