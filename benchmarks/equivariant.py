@@ -28,6 +28,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from flopeq import products
 from flopeq.benchmark import Protocol, Throughput, hardware_name, protocol_for, throughput_where_it_fits
 from flopeq.build import build
 from flopeq.comparison import ratio
@@ -63,6 +64,8 @@ def main() -> None:
         stand_in_for_old_timm(args.authors.resolve())
     if args.unfused:
         timm.layers.set_fused_attn(False)
+    if args.mkl:
+        products.set_onednn(False)
     defaults = protocol_for(args.device)
     rows = []
     for x in MODELS.values():
@@ -166,10 +169,11 @@ def show(rows: list[tuple[str, ...]], args: argparse.Namespace) -> None:
     defaults = protocol_for(args.device)
     on = hardware_name(args.device) + ("" if "cuda" in args.device else f", {torch.get_num_threads()} threads")
     dtype = args.dtype or str(defaults.dtype).removeprefix("torch.")
+    kernels = ("unfused" if args.unfused else "fused") + " attention" + (", all products by MKL" if args.mkl else "")
     print(*lines, sep="\n")
     print(
         f"\n{on}; {dtype}, batch {args.batch_size or defaults.batch_size}, {args.runs or defaults.runs} passes, "
-        f"{'unfused' if args.unfused else 'fused'} attention; torch {torch.__version__}, timm {timm.__version__}."
+        f"{kernels}; torch {torch.__version__}, timm {timm.__version__}."
     )
 
 
@@ -186,6 +190,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="timed passes per model; default: the device's protocol")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the device's protocol")
     parser.add_argument("--unfused", action="store_true", help="attention as plain products and a softmax")
+    parser.add_argument("--mkl", action="store_true", help="on a CPU: E's products by MKL, as X's are, not by oneDNN")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--markdown", action="store_true", help="a table for the docs")
     return parser.parse_args()

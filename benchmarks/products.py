@@ -1,0 +1,87 @@
+"""X's product against E's two of half the width, by MKL and by oneDNN, in turn.
+
+    python benchmarks/products.py                    the products of ViT-S, batch 8
+    python benchmarks/products.py --width 768        those of ViT-B
+
+2.00 would be all of the saving. Medians of the ratios of neighbouring turns, with quartiles; float32, no gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flopeq import products
+from flopeq.benchmark import hardware_name, quartiles
+
+TOKENS = 8 * 197
+TURN_S = 0.02
+"""Each turn repeats its product for at least about so long."""
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=384, help="of X; default: ViT-S's")
+    parser.add_argument("--turns", type=int, default=30)
+    args = parser.parse_args()
+    if not products.is_by_onednn(torch.empty(TOKENS, args.width), torch.empty(args.width, args.width)):
+        sys.exit("error: this processor or this torch has no oneDNN, or the width is too small for it")
+    print("| in | tokens x in -> out of X | X/E by MKL | X/E by oneDNN | X by MKL / E by oneDNN | E: MKL / oneDNN |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    for name, inside, out in (("qkv", 1, 3), ("proj", 1, 1), ("fc1", 1, 4), ("fc2", 4, 1)):
+        inside, out = inside * args.width, out * args.width
+        x_mkl, x_onednn, e_mkl, e_onednn = in_turn(
+            [sides(inside, out, halves, onednn) for halves in (1, 2) for onednn in (False, True)], args.turns
+        )
+        pairs = ((x_mkl, e_mkl), (x_onednn, e_onednn), (x_mkl, e_onednn), (e_mkl, e_onednn))
+        print(f"| {name} | {TOKENS} x {inside} -> {out} |", *(f"{ratios(*pair)} |" for pair in pairs), flush=True)
+    print(f"\n{hardware_name('cpu')}, {torch.get_num_threads()} threads; torch {torch.__version__}.")
+
+
+def sides(inside: int, out: int, halves: int, onednn: bool) -> Callable[[], None]:
+    """Makes `halves` products, each of so large a part of the features, by oneDNN or by MKL."""
+    shape = TOKENS, inside // halves
+    operands = [(torch.randn(shape), torch.randn(out // halves, shape[1]), torch.randn(out // halves))
+                for _ in range(halves)]  # fmt: skip
+    return partial(make, operands, onednn)
+
+
+def make(operands: list[tuple[Tensor, Tensor, Tensor]], onednn: bool) -> None:
+    products.set_onednn(onednn)
+    for x, weight, bias in operands:
+        products.linear(x, weight, bias)
+
+
+def in_turn(calls: list[Callable[[], None]], turns: int) -> list[list[float]]:
+    """Seconds of each call, by turns; the first turn warms up and sets how often a turn repeats it."""
+    repeats = [max(1, round(TURN_S / min(seconds(call, 1) for _ in range(3)))) for call in calls]
+    rounds = [[seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(turns)]
+    return [list(column) for column in zip(*rounds, strict=True)]
+
+
+def seconds(call: Callable[[], None], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def ratios(slow: list[float], fast: list[float]) -> str:
+    values = [a / b for a, b in zip(slow, fast, strict=True)]
+    low, high = quartiles(values)
+    return f"{statistics.median(values):.2f} ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    main()
