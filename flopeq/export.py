@@ -59,8 +59,9 @@ def export(
     """Writes a model into a folder in timm's hub layout: model.safetensors, config.json and the card, README.md.
 
     `run` is a trained run's folder, which says model, arguments, weights and preprocessing; `checkpoint` a file of
-    weights, safetensors or torch's. Without either the weights are random. Arguments that the checkpoint shows (those
-    that `flopeq convert` notes, and the number of classes) need not be given.
+    weights, safetensors or torch's; with `run`, another one in its folder, such as the averaged weights. Without
+    either the weights are random. Arguments that the checkpoint shows (those that `flopeq convert` notes, and the
+    number of classes) need not be given.
     Raises: ValueError for a model, arguments or weights that do not fit each other.
     """
     trained = None if run is None else read_run(run)
@@ -69,6 +70,8 @@ def export(
             raise ValueError(f"{run} is a run of {trained.config['model']}, not of {name}")
         name, args = trained.config["model"], trained.config["args"] | args
         checkpoint = checkpoint or run / "weights.safetensors"
+        if checkpoint.resolve().parent != run.resolve():
+            raise ValueError(f"{checkpoint} is not in {run}, whose accuracies the card has: leave one of them out")
     assert name is not None
     if checkpoint:
         args = _shown_by(checkpoint, name) | args

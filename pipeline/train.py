@@ -30,7 +30,6 @@ from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
 
-import flopeq
 from pipeline import cluster, data, journal, loop, recipe
 from pipeline.checkpoint import Checkpoints, open_place
 from pipeline.config import ConfigError, Experiment
@@ -42,7 +41,10 @@ logger = logging.getLogger(__name__)
 HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
 HISTORY_EMA = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
 _WEIGHTS = {loop.PLAIN: "weights.safetensors", loop.EMA: "weights_ema.safetensors"}
-_CODE = ("augment", "data", "decode", "loop", "proxy", "recipe", "worker")
+_NETWORKS = ("build", "convnext", "irreps", "layers", "products", "resmlp", "variants", "vit")
+_TRAINING = ("augment", "data", "decode", "loop", "proxy", "recipe", "worker")
+CODE = (*(f"flopeq/{name}.py" for name in _NETWORKS), *(f"pipeline/{name}.py" for name in _TRAINING))
+"""Files whose change may change the weights."""
 _MAX_FAILURES = 3  # of workers or nodes, until training must have got on
 _RAY = "ray-"
 # What leaves the weights as they are; of the data, because the shards' own fingerprint says it.
@@ -166,9 +168,8 @@ def fingerprint(configuration: Mapping[str, Any], shards: data.Shards) -> str:
     versions = [version(package) for package in ("ray", "simplejpeg", "timm", "torch")]
     described = [{**configuration, **felt}, versions, shards.fingerprint]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    here = Path(__file__).parent
-    for path in (*sorted(Path(flopeq.__file__).parent.glob("*.py")), *(here / f"{module}.py" for module in _CODE)):
-        digest.update(path.read_bytes())
+    for path in CODE:
+        digest.update(Path(__file__).parent.parent.joinpath(path).read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -136,6 +136,7 @@ def test_the_weights_licence_is_the_one_given(run, tmp_path):
     ((X, "{out}", "--checkpoint", "{weights}"), "does not fit"),
     ((X, "{out}", "--run", "{run}"), f"is a run of {E}"),
     (("{out}", "--run", "{out}"), "no trained run"),
+    (("{out}", "--run", "{run}", "--checkpoint", "{out}/other.safetensors"), "leave one of them out"),
     ((E,), "MODEL OUT_DIR"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words, said, run, tmp_path, capsys):

@@ -179,7 +179,7 @@ def test_a_jobs_folder_takes_the_code_and_keeps_the_rest(tmp_path, root):
     (place / "flopeq" / "of_an_older_version.py").touch()
     job.lay_out(root, place)
     assert (place / "outputs" / "kept").exists()
-    assert not (place / "flopeq" / "of_an_older_version.py").exists()  # training's fingerprint would count it
+    assert not (place / "flopeq" / "of_an_older_version.py").exists()  # it could still be imported
     assert (place / "stages" / "repro.py").read_bytes() == (root / "stages" / "repro.py").read_bytes()
     command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
     stages = subprocess.check_output(command, cwd=place, text=True)
