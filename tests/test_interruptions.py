@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import csv
 import functools
-import gc
 import json
 import logging
 import os
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,12 +24,12 @@ from typing import Any, NamedTuple
 import committed
 import psutil
 import pytest
-import ray
 import torch
 import trial
 import yaml
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
+from nodes import a_cluster
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
@@ -40,7 +38,6 @@ from torch import Tensor
 
 from pipeline import config, shard, track, train
 from pipeline.checkpoint import Checkpoints
-from pipeline.cluster import _DEFAULTS, connect
 from stages import prepare
 
 pytestmark = [
@@ -76,20 +73,8 @@ def s3() -> Iterator[str]:
 def cluster(s3: str) -> Iterator[Cluster]:
     """A cluster of two nodes, the head with one core and a `second` one."""
     noticing = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        for name, value in _DEFAULTS.items():
-            patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": noticing})
-        patch.setenv("RAY_ADDRESS", cluster.address)
-        connect()
+    with a_cluster(num_cpus=1, _system_config=noticing) as cluster:
         yield cluster
-        ray.shutdown()
-        cluster.shutdown()
-        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # sockets that Ray leaves open
-            del cluster
-            gc.collect()
 
 
 def second(cluster: Cluster, cpus: int) -> Any:

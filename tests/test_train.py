@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
+import logging
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,20 +15,29 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 import yaml
+from nodes import a_cluster
+from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
-from pipeline import config, data, loop, recipe, shard
+from pipeline import config, data, loop, recipe, shard, train
 from stages import prepare
 
-ROOT = Path(__file__).resolve().parent.parent
+# Ray warns of its own use of itself.
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+
 STEPS = 6  # of the optimizer
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with a_cluster(num_cpus=2) as cluster:
+        yield cluster
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the digits' shards and an experiment of one small run, as the working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     params = committed.only("vit")
     params["recipes"]["digits"] |= {"epochs": 6, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= {"cpus_per_worker": 1}
@@ -49,16 +58,11 @@ def change(section: str, **values) -> None:
     write(params)
 
 
-def training() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "stages.train", "vit"], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish() -> str:
-    process = training()
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
-    return output
+def finish(caplog: pytest.LogCaptureFixture) -> str:
+    """Trains, and what was said meanwhile."""
+    caplog.clear()
+    train.train(config.load(), "vit")
+    return caplog.text
 
 
 def note() -> dict:
@@ -70,41 +74,42 @@ def fingerprints() -> list[str]:
 
 
 @pytest.mark.slow
-def test_run_again_it_only_writes_its_outputs_anew_and_starts_over_with_another_configuration(place):
+def test_run_again_it_only_writes_its_outputs_anew_and_starts_over_with_another_configuration(cluster, place, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
     change("recipe", epochs=2, warmup_epochs=1)
-    assert "epoch 2/2" in finish()
+    assert "epoch 2/2" in finish(caplog)
     written = {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()}
     assert written.keys() == {"weights.safetensors", "history.csv", "run.json", "config.yaml"}
     for name in written:
         Path("outputs/vit", name).unlink()
-    output = finish()
+    output = finish(caplog)
     assert "goes on from step 10 of 10" in output and "epoch" not in output
     assert {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()} == written
     first = note()
     assert fingerprints() == [first["fingerprint"]]
 
     change("recipe", lr=1e-4)
-    assert "starts at step 0" in finish()
+    assert "starts at step 0" in finish(caplog)
     assert note()["fingerprint"] != first["fingerprint"] and note()["mlflow_run_id"] != first["mlflow_run_id"]
     assert fingerprints() == [note()["fingerprint"]]
 
 
 @pytest.mark.slow
-def test_two_compiled_ray_workers_train_as_one_eager_worker_does(place):
+def test_two_compiled_ray_workers_train_as_one_eager_worker_does(cluster, place, caplog):
     losses = []
     for settings in ({"workers": 1}, {"workers": 2, "compile": True, "loader_workers": 1}):
         change("train", **settings)
         change("recipe", epochs=3)
-        finish()
+        finish(caplog)
         with open("outputs/vit/history.csv", newline="") as history:
             losses.append([float(row["train/loss"]) for row in csv.DictReader(history)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # sums in another order, in float32
 
 
 @pytest.mark.slow
-def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(place):
+def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(cluster, place, caplog):
     change("recipe", lr=1e30, epochs=2, clip_grad_norm=None, warmup_epochs=0)
-    output = finish()
+    output = finish(caplog)
     assert "diverged" in output and "train/" in output
     assert note()["status"] == "diverged" and "images of this worker's batch: ['train/" in note()["message"]
     assert all(weight.isfinite().all() for weight in load_file("outputs/vit/weights.safetensors").values())
@@ -113,8 +118,6 @@ def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(plac
 
 
 def test_the_fingerprint_follows_what_the_weights_are_a_function_of(place):
-    from pipeline import train
-
     def fingerprint() -> str:
         experiment = config.load()
         return train.fingerprint(experiment.resolved("vit"), data.Shards(experiment.data.shards))
@@ -134,8 +137,6 @@ def test_the_fingerprint_follows_what_the_weights_are_a_function_of(place):
 
 
 def test_more_workers_than_a_batch_has_groups_are_refused_before_ray_starts(place):
-    from pipeline import train
-
     change("train", workers=17)
     with pytest.raises(config.ConfigError, match="workers 17: a global batch of 256 .* at most 16"):
         train.train(config.load(), "vit")
