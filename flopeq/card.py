@@ -170,13 +170,14 @@ def _training(run: TrainedRun) -> list[str]:
     reached = _known(run.metrics, _REACHED | further)
     mean, std = (", ".join(map(str, data[key])) for key in ("mean", "std"))
     epoch = run.notes.get("best_epoch")
+    cores = "1 CPU core" if train["cpus_per_worker"] == 1 else f"{train['cpus_per_worker']} CPU cores"
     workers = train["workers"] if isinstance(train["workers"], int) else " to ".join(map(str, train["workers"]))
     facts = [
         f"- Data: {data['name']}, images of {data['image_size']} x {data['image_size']}, normalized with mean {mean} "
         f"and deviation {std}, validated on its own validation split.",
         f"- Recipe `{recipe['name']}`, seed {run.config['seed']}"
         + ("." if epoch is None else f"; the weights are those of epoch {epoch}, the best by validation top-1."),
-        f"- Workers: {workers}, of {train['cpus_per_worker']} CPU cores each; mixed precision {train['amp']}, "
+        f"- Workers: {workers}, of {cores} each; mixed precision {train['amp']}, "
         f"{'compiled' if train['compile'] else 'eager'}.",
     ]
     if run.notes.get("mlflow_run_id"):

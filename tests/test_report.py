@@ -395,7 +395,7 @@ def test_card_says_what_the_model_is_and_does(tmp_path: Path) -> None:
     assert "over these | 1.83 |" in text and "| images/s over those of X | 1.20 |" in text
     assert "float64" not in text and f"MLflow {'0' * 32}, configuration f." in text
     assert "$ flopeq export --run outputs/e-vit exported/e-vit\n" in text and '"local-dir:exported/e-vit"' in text
-    assert "| lr | 0.002 |" in text and "Workers: 1, of 1 CPU cores" in text and "## Intended use" in text
+    assert "| lr | 0.002 |" in text and "Workers: 1, of 1 CPU core each" in text and "## Intended use" in text
     assert "did not converge" not in text
     failed = page.card_text(results["h-vit"], experiment)
     assert "**It did not converge: it diverged (loss nan in epoch 1 at step 5, lr 0.1)" in failed
