@@ -64,7 +64,7 @@ def make(operands: list[tuple[Tensor, Tensor, Tensor]], onednn: bool) -> None:
 
 
 def in_turn(calls: list[Callable[[], None]], turns: int) -> list[list[float]]:
-    """Seconds of each call, by turns; the first turn warms up and sets how often a turn repeats it."""
+    """Seconds of each call, by turns; three calls beforehand warm up and set how often a turn repeats it."""
     repeats = [max(1, round(TURN_S / min(seconds(call, 1) for _ in range(3)))) for call in calls]
     rounds = [[seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(turns)]
     return [list(column) for column in zip(*rounds, strict=True)]
