@@ -145,7 +145,6 @@ def test_tars_are_tarfiles_own_bytes_whatever_the_sizes(tmp_path_factory, sizes)
     path = tmp_path_factory.mktemp("tar") / "a.tar"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "_BUFFER", 4096)  # so that some files are larger, and many buffers are used
-        patch.setattr(gather, "_WRITE_BACK", 10_000)
         with Tar(path) as tar:
             places = [tar.add(name, content) for name, content in files.items()]
             tar.finish()
