@@ -6,7 +6,6 @@ Legend: N images, K classes.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from flopeq.testing import relative_error
 from pipeline import data, further, loop, real, recipe, track, weights
 from pipeline.config import ConfigError, Experiment, Recipe
+from pipeline.files import write_json
 
 BATCH_SIZE = 256
 TIMES_CHANCE = 3  # below this multiple of guessing, a network has learned nothing
@@ -54,9 +54,7 @@ def evaluate(experiment: Experiment, run_name: str, outputs: Path = Path("output
     metrics: Metrics = {
         **found, "converged": status == "finished" and best > TIMES_CHANCE * 100 / len(shards.classes)
     }
-    partial = folder / "metrics.json.partial"
-    partial.write_text(json.dumps(metrics, indent=2) + "\n")
-    os.replace(partial, folder / "metrics.json")
+    write_json(folder / "metrics.json", metrics)
     by_epoch = {*track.EPOCH_METRICS, *track.AVERAGE_METRICS, "val/loss"}  # training has logged those
     logged = {name: value for name, value in found.items() if name not in by_epoch}
     track.log_final(track.run_id(run_name, outputs), logged, [folder / "metrics.json"])
