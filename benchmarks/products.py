@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flopeq import products
-from flopeq.benchmark import hardware_name, quartiles
+from flopeq.benchmark import hardware_name
 
 TOKENS = 8 * 197
 TURN_S = 0.02
@@ -78,9 +78,9 @@ def seconds(call: Callable[[], None], repeats: int) -> float:
 
 
 def ratios(slow: list[float], fast: list[float]) -> str:
-    values = [a / b for a, b in zip(slow, fast, strict=True)]
-    low, high = quartiles(values)
-    return f"{statistics.median(values):.2f} ({low:.2f} to {high:.2f})"
+    pairs = [a / b for a, b in zip(slow, fast, strict=True)]
+    low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":
