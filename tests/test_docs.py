@@ -69,8 +69,10 @@ def page_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 @pytest.mark.parametrize("path", [path for path in PAGES if python(path)], ids=lambda path: path.stem)
 def test_python_of_a_page_runs_from_top_to_bottom(path, page_module, monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = set(vars(page_module))
     for code in python(path):
         exec(compile(code, str(path), "exec"), vars(page_module))
+    assert vars(page_module).keys() - before - {"__builtins__"}, "nothing of the page was executed"
 
 
 @pytest.mark.parametrize("words", commands(slow=False))

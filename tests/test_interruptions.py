@@ -281,7 +281,7 @@ def resumed(told: str) -> list[int]:
 # Killed, stopped, damaged
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_killed_worker_costs_nothing_but_time(cluster, undisturbed, place, caplog, workers):
     caplog.set_level(logging.INFO, "pipeline")
     wait = drawn(f"kill a worker of {workers}", workers=workers)

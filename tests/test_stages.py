@@ -11,13 +11,13 @@ import yaml
 from pipeline.train import CODE
 
 ROOT = Path(__file__).resolve().parent.parent
-IMPORT = re.compile(r"^from (flopeq)\.(\w+) import", re.MULTILINE)
+IMPORT = re.compile(r"^from flopeq\.(\w+) import", re.MULTILINE)
 NAMES_ONLY = {"flopeq/registry.py"}
 
 
 def imported_by(files: set[str]) -> set[str]:
     """Files of the library that these import at their head, themselves among them."""
-    found = {f"{folder}/{name}.py" for file in files for folder, name in IMPORT.findall((ROOT / file).read_text())}
+    found = {f"flopeq/{name}.py" for file in files for name in IMPORT.findall((ROOT / file).read_text())}
     return files if found <= files else imported_by(files | found)
 
 
