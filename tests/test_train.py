@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -58,11 +59,11 @@ def change(section: str, **values) -> None:
     write(params)
 
 
-def finish(caplog: pytest.LogCaptureFixture) -> str:
-    """Trains, and what was said meanwhile."""
-    caplog.clear()
-    train.train(config.load(), "vit")
-    return caplog.text
+def finish() -> str:
+    command = [sys.executable, "-m", "stages.train", "vit"]
+    process = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
+    assert process.returncode == 0, process.stdout
+    return process.stdout
 
 
 def note() -> dict:
@@ -74,42 +75,41 @@ def fingerprints() -> list[str]:
 
 
 @pytest.mark.slow
-def test_run_again_it_only_writes_its_outputs_anew_and_starts_over_with_another_configuration(cluster, place, caplog):
-    caplog.set_level(logging.INFO, "pipeline")
+def test_run_again_it_only_writes_its_outputs_anew_and_starts_over_with_another_configuration(cluster, place):
     change("recipe", epochs=2, warmup_epochs=1)
-    assert "epoch 2/2" in finish(caplog)
+    assert "epoch 2/2" in finish()
     written = {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()}
     assert written.keys() == {"weights.safetensors", "history.csv", "run.json", "config.yaml"}
     for name in written:
         Path("outputs/vit", name).unlink()
-    output = finish(caplog)
+    output = finish()
     assert "goes on from step 10 of 10" in output and "epoch" not in output
     assert {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()} == written
     first = note()
     assert fingerprints() == [first["fingerprint"]]
 
     change("recipe", lr=1e-4)
-    assert "starts at step 0" in finish(caplog)
+    assert "starts at step 0" in finish()
     assert note()["fingerprint"] != first["fingerprint"] and note()["mlflow_run_id"] != first["mlflow_run_id"]
     assert fingerprints() == [note()["fingerprint"]]
 
 
 @pytest.mark.slow
-def test_two_compiled_ray_workers_train_as_one_eager_worker_does(cluster, place, caplog):
+def test_two_compiled_ray_workers_train_as_one_eager_worker_does(cluster, place):
     losses = []
     for settings in ({"workers": 1}, {"workers": 2, "compile": True, "loader_workers": 1}):
         change("train", **settings)
         change("recipe", epochs=3)
-        finish(caplog)
+        finish()
         with open("outputs/vit/history.csv", newline="") as history:
             losses.append([float(row["train/loss"]) for row in csv.DictReader(history)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # sums in another order, in float32
 
 
 @pytest.mark.slow
-def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(cluster, place, caplog):
+def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(cluster, place):
     change("recipe", lr=1e30, epochs=2, clip_grad_norm=None, warmup_epochs=0)
-    output = finish(caplog)
+    output = finish()
     assert "diverged" in output and "train/" in output
     assert note()["status"] == "diverged" and "images of this worker's batch: ['train/" in note()["message"]
     assert all(weight.isfinite().all() for weight in load_file("outputs/vit/weights.safetensors").values())
