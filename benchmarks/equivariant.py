@@ -2,6 +2,7 @@
 
     python benchmarks/equivariant.py                                   E of the S sizes, forward, compiled
     python benchmarks/equivariant.py --sizes B L --variants E H --modes forward train --batch-size 4
+    python benchmarks/equivariant.py --variants H --splits all         H with 1, 2, ... equivariant blocks
     python benchmarks/equivariant.py --authors PATH --markdown         beside a checkout of the authors' code
 
 X, E, H and the authors' E and H of one size take turns, pass by pass. `FLOPs` is X's count over the network's, `faster`
@@ -21,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from flopeq import products
 from flopeq.benchmark import Protocol, Throughput, hardware_name, protocol_for, throughput_where_it_fits
-from flopeq.build import build
+from flopeq.build import ModelError, build
 from flopeq.comparison import ratio
 from flopeq.convert import convert_authors_state_dict, shown_args
 from flopeq.flops import complexity
@@ -58,6 +60,20 @@ SIZES = {
 }
 
 
+class Network(NamedTuple):
+    """X, E, or H; H at a split point of its own where one is named."""
+
+    info: ModelInfo
+    split: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.info.paper_name + ("" if self.split is None else f", {self.split} equivariant")
+
+    def build(self, **args: Any) -> nn.Module:
+        return build(self.info.model, **args, **({} if self.split is None else {"num_flop_blocks": self.split}))
+
+
 def main() -> None:
     args = parse()
     if args.authors:
@@ -71,10 +87,10 @@ def main() -> None:
     for x in MODELS.values():
         if x.variant != "X" or x.family not in args.families or x.size not in args.sizes:
             continue
-        networks = [MODELS[PREFIXES[variant] + x.model] for variant in ("X", *args.variants)]
-        authors = [info for info in networks if (info.family, info.variant) in AUTHORS] if args.authors else []
-        for info in authors:
-            check_same(info, args)
+        networks = networks_of(x, args)
+        authors = [one for one in networks if of_authors_too(one)] if args.authors else []
+        for one in authors:
+            check_same(one.info, args)
         for mode in args.modes:
             for compiled in {"compiled": [True], "eager": [False], "both": [False, True]}[args.run]:
                 protocol = replace(
@@ -86,27 +102,44 @@ def main() -> None:
     show(rows, args)
 
 
+def networks_of(x: ModelInfo, args: argparse.Namespace) -> list[Network]:
+    """X and its variants that were asked for."""
+    networks = [Network(x)]
+    for variant in args.variants:
+        info = MODELS[PREFIXES[variant] + x.model]
+        splits = args.splits if variant == "H" else [None]
+        if splits == ["all"]:
+            splits = range(1, len(build(x.model, device="meta").blocks))
+        networks += [Network(info, split) for split in splits]
+    return networks
+
+
+def of_authors_too(network: Network) -> bool:
+    """Whether the authors define this network."""
+    return (network.info.family, network.info.variant) in AUTHORS and network.split is None
+
+
 def measure(
-    networks: list[ModelInfo], authors: list[ModelInfo], protocol: Protocol, args: argparse.Namespace
+    networks: list[Network], authors: list[Network], protocol: Protocol, args: argparse.Namespace
 ) -> list[tuple[str, ...]]:
     """One size in one alternating run: a row of cells for each network."""
-    builders: dict[str, Callable[[], nn.Module]] = {info.model: partial(build, info.model) for info in networks}
-    builders |= {f"authors' {info.model}": partial(of_authors, info, not args.unfused) for info in authors}
+    builders: dict[str, Callable[[], nn.Module]] = {one.name: one.build for one in networks}
+    builders |= {f"authors' {one.name}": partial(of_authors, one.info, not args.unfused) for one in authors}
     measured, alternating = throughput_where_it_fits(
         builders, image_size=IMAGE_SIZE, protocol=protocol, device=args.device
     )
     x = networks[0]
-    flops = {info.model: complexity(build(info.model, device="meta"), IMAGE_SIZE).flops for info in networks}
+    flops = {one: complexity(one.build(device="meta"), IMAGE_SIZE).flops for one in networks}
     compiled = any(one.compiled for one in measured.values() if one)
     mode = f"{'train' if protocol.train else 'forward'}, {'compiled' if compiled else 'eager'}"
     rows = []
-    for info in networks:
-        ours, theirs, over = (measured.get(key) for key in (info.model, f"authors' {info.model}", x.model))
-        saved = None if info is x else flops[x.model] / flops[info.model]
+    for one in networks:
+        ours, theirs, over = (measured.get(key) for key in (one.name, f"authors' {one.name}", x.name))
+        saved = None if one is x else flops[x] / flops[one]
         low, faster, high = ratio(ours, over, alternating) if ours and over and saved else (None, None, None)
         rows.append(
             (
-                info.paper_name, mode, *speed(ours), cell(saved, 2), cell(faster, 3),
+                one.name, mode, *speed(ours), cell(saved, 2), cell(faster, 3),
                 "" if low is None else f"{low:.3f} to {high:.3f}",
                 cell(faster and saved and faster / saved, 2),
                 cell(ours and theirs and ratio(ours, theirs, alternating)[1], 3),
@@ -177,12 +210,18 @@ def show(rows: list[tuple[str, ...]], args: argparse.Namespace) -> None:
     )
 
 
+def split_point(word: str) -> int | str:
+    return word if word == "all" else int(word)
+
+
 def parse() -> argparse.Namespace:
     sizes = sorted({info.size for info in MODELS.values()})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--sizes", nargs="+", default=["S"], choices=sizes)
     parser.add_argument("--variants", nargs="+", default=["E"], choices=["E", "H"])
+    parser.add_argument("--splits", nargs="+", default=[None], type=split_point, metavar="N",
+                        help="numbers of equivariant blocks in H, or all; default: half of the blocks")  # fmt: skip
     parser.add_argument("--modes", nargs="+", default=["forward"], choices=["forward", "train"])
     parser.add_argument("--run", default="compiled", choices=["compiled", "eager", "both"])
     parser.add_argument("--authors", type=Path, metavar="PATH", help="a checkout of the authors' repository")
@@ -198,4 +237,7 @@ def parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    main()
+    try:
+        main()
+    except ModelError as error:
+        sys.exit(f"error: {error}")

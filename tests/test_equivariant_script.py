@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.slow
 def test_the_benchmark_makes_a_markdown_table(root):
-    words = "--families resmlp --sizes T --run eager --modes forward train --markdown"
+    words = "--families resmlp --sizes T --variants E H --splits 3 9 --run eager --modes forward train --markdown"
     few = "--device cpu --batch-size 1 --runs 2"
     command = [sys.executable, "benchmarks/equivariant.py", *words.split(), *few.split()]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
@@ -20,5 +20,7 @@ def test_the_benchmark_makes_a_markdown_table(root):
         "network", "mode", "img/s", "quartiles", "FLOPs", "faster", "quartiles", "share",
     ]  # fmt: skip
     assert ruler.startswith("| --- | --- | ---: |")
-    assert [row.split("|")[1].strip() for row in rows] == 2 * ["ResMLP-T12", "E(ResMLP-T12)"]
-    assert "| 1.95 |" in rows[1]
+    assert [row.split("|")[1].strip() for row in rows] == 2 * [
+        "ResMLP-T12", "E(ResMLP-T12)", "H(ResMLP-T12), 3 equivariant", "H(ResMLP-T12), 9 equivariant",
+    ]  # fmt: skip
+    assert ["| 1.95 |" in row for row in rows] == 2 * [False, True, False, False]
