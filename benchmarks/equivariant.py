@@ -36,6 +36,7 @@ from flopeq.build import ModelError, build
 from flopeq.comparison import ratio
 from flopeq.convert import convert_authors_state_dict, shown_args
 from flopeq.flops import complexity
+from flopeq.malloc import keep_freed_memory
 from flopeq.registry import MODELS, PREFIXES, ModelInfo
 from flopeq.testing import relative_error
 from tests.authors.make_fixture import stand_in_for_old_timm
@@ -82,6 +83,8 @@ def main() -> None:
         timm.layers.set_fused_attn(False)
     if args.mkl:
         products.set_onednn(False)
+    if not args.give_back:
+        keep_freed_memory()
     defaults = protocol_for(args.device)
     rows = []
     for x in MODELS.values():
@@ -230,6 +233,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the device's protocol")
     parser.add_argument("--unfused", action="store_true", help="attention as plain products and a softmax")
     parser.add_argument("--mkl", action="store_true", help="on a CPU: E's products by MKL, as X's are, not by oneDNN")
+    parser.add_argument("--give-back", action="store_true",
+                        help="on a CPU: freed memory goes back to the system, as malloc has it")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--markdown", action="store_true", help="a table for the docs")
     return parser.parse_args()

@@ -481,7 +481,9 @@ class FlopDepthwiseConv(nn.Module):
         zeros = torch.zeros_like(bias_even)
         bias = torch.cat((bias_even, zeros, bias_odd_to_even, zeros))
         y = F.conv2d(x, self.kernel(), bias, padding=self.kernel_size // 2, groups=self.num_channels)
-        return rearrange(y, "B (source target C) H W -> B (target source C) H W", source=2, target=2)
+        # By way of channels last, which is how the block's norm and products read them.
+        y = rearrange(y, "B (source target C) H W -> B H W (target source C)", source=2, target=2)
+        return y.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         channels = self.num_channels // 2

@@ -1,0 +1,26 @@
+"""Memory that layers free and ask for again, on a CPU, kept by the process in between.
+
+glibc gives freed memory back to the system: large blocks at once, the rest as soon as more lies free than twice the
+largest block it has seen. The system clears every page again before it hands it out. Halves are smaller blocks than
+whole features, and more of them, so that E pays more often than X (docs/performance.md has the times).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # their numbers in malloc.h
+_NEVER = -1
+
+
+def keep_freed_memory() -> bool:
+    """Has this process keep the memory that it frees; call it once, before a network runs on a CPU.
+
+    The process then stays as large as it ever was. `MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0` in its environment
+    do the same. Returns whether the C library could be told: glibc can, which is that of most Linux systems.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _NEVER))
