@@ -502,7 +502,10 @@ def _perturb(model: nn.Module) -> None:
 
 
 def _device(name: str | None) -> torch.device:
+    """Where networks run: as asked for, or a GPU if there is one. A process on a CPU keeps freed memory for them."""
     import torch
+
+    from flopeq.malloc import keep_freed_memory
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -512,6 +515,8 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"no device is called {name!r}{nearest(str(name), ('cpu', 'cuda', 'mps'))}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, and there is no GPU: use --device cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

@@ -17,6 +17,7 @@ def run() -> None:
 
     from flopeq.benchmark import throughput
     from flopeq.build import build
+    from flopeq.malloc import keep_freed_memory
     from pipeline import track
     from pipeline.data import Shards
 
@@ -24,6 +25,8 @@ def run() -> None:
     wanted, side = experiment.throughput, experiment.data.image_size
     num_classes = Shards(experiment.data.shards).num_classes
     on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
+    if not on_gpu:
+        keep_freed_memory()
     models = {
         name: build(run.model, num_classes=num_classes, **run.args) for name, run in experiment.models.items()
     }

@@ -1,0 +1,97 @@
+"""A network alone in its process on a CPU: freed memory kept by the process, and given back to the system.
+
+    python benchmarks/alone.py                             the S sizes, X and E
+    python benchmarks/alone.py MODEL ... --batch-size 64
+
+Two processes take turns, pass by pass; compiled, float32, no gradients. A page fault is a page that the system clears
+and hands out, of memory that was given back before. Medians, and of the ratios of neighbouring passes quartiles too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flopeq.benchmark import forward_pass, hardware_name, quartiles, timed
+from flopeq.build import build
+from flopeq.malloc import keep_freed_memory
+
+SMALL = ("deit3_small_patch16_224", "resmlp_24_224", "convnext_iso_small")
+MODELS = [prefix + name for name in SMALL for prefix in ("", "flop_")]
+WARMUP = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--runs", type=int, default=10, help="timed passes of each side")
+    args = parser.parse_args()
+    print("| network | ms, given back | ms, kept | given back / kept | page faults, given back | kept |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for model in args.models:
+        given_back, kept = in_turn(model, args.batch_size, args.runs)
+        ratios = [slow / fast for (slow, _), (fast, _) in zip(given_back, kept, strict=True)]
+        low, high = quartiles(ratios)
+        ms, faults = zip(*([statistics.median(column) for column in zip(*side, strict=True)]
+                           for side in (given_back, kept)), strict=True)  # fmt: skip
+        print(f"| {model} | {1e3 * ms[0]:.0f} | {1e3 * ms[1]:.0f} | {statistics.median(ratios):.2f} "
+              f"({low:.2f} to {high:.2f}) | {faults[0]:,.0f} | {faults[1]:,.0f} |", flush=True)  # fmt: skip
+    print(f"\n{hardware_name('cpu')}, {torch.get_num_threads()} threads; float32, batch {args.batch_size}; "
+          f"torch {torch.__version__}, timm {timm.__version__}.")  # fmt: skip
+
+
+def in_turn(model: str, batch_size: int, runs: int) -> list[list[tuple[float, int]]]:
+    """Seconds and page faults of each pass, of the process that gives memory back and of the one that keeps it."""
+    context = multiprocessing.get_context("spawn")
+    sides = []
+    for keep in (False, True):
+        here, there = context.Pipe()
+        context.Process(target=work, args=(there, model, batch_size, keep), daemon=True).start()
+        there.close()
+        here.recv()  # warm, before the other one starts
+        sides.append(here)
+    passes: list[list[tuple[float, int]]] = [[], []]
+    for _ in range(runs):
+        for side, done in zip(sides, passes, strict=True):
+            side.send(True)
+            done.append(side.recv())
+    for side in sides:
+        side.send(False)
+    return passes
+
+
+def work(pipe: Connection, model: str, batch_size: int, keep: bool) -> None:
+    """One process: a pass whenever it is asked for."""
+    if keep:
+        keep_freed_memory()
+    network = build(model).eval()
+    images_BCHW = torch.randn(batch_size, 3, 224, 224)
+    run = forward_pass(torch.compile(network), images_BCHW, torch.float32)
+    with torch.no_grad():
+        network(images_BCHW[:1])
+        for _ in range(WARMUP):
+            run()
+        pipe.send("warm")
+        while pipe.recv():
+            before = page_faults()
+            seconds = timed(run, images_BCHW.device)
+            pipe.send((seconds, page_faults() - before))
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+if __name__ == "__main__":
+    main()
