@@ -10,8 +10,10 @@ if sys.version_info < (3, 11):  # noqa: UP036  used from a folder, nothing else 
 if "_FLOPEQ_COMPLETE" not in os.environ:
     from flopeq import convnext, resmlp, testing, vit
     from flopeq.convert import convert_authors_state_dict
-    from flopeq.malloc import keep_freed_memory
+    from flopeq.malloc import expect_large_blocks, keep_freed_memory
     from flopeq.paper import Table1Row, table1
+
+    expect_large_blocks()
 
 __all__ = [
     "Table1Row", "convert_authors_state_dict", "convnext", "keep_freed_memory", "resmlp", "table1", "testing", "vit",

@@ -12,27 +12,46 @@ from flopeq.malloc import keep_freed_memory
 
 PAGE_FAULTS = """
 import resource
-from flopeq.malloc import keep_freed_memory
 
-def page_faults():
+def page_faults(mib, blocks=1):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
-        b"x" * 2**26
+        [b"x" * (mib << 20) for _ in range(blocks)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-given_back = page_faults()
-assert keep_freed_memory()
-page_faults()
-print(given_back, page_faults())
 """
+HUGE = 2
+"""MiB of the largest page that the system may hand out at once."""
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_memory_that_is_kept_is_not_cleared_again_by_the_system(root):
-    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], cwd=root, capture_output=True, text=True)
+def counts(code: str, root) -> list[int]:
+    """What a process prints that runs this code."""
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS + code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    given_back, kept = map(int, done.stdout.split())
-    assert given_back >= 8 * 31  # blocks of 64 MiB in pages of 2 MiB at most
+    return [int(word) for word in done.stdout.split()]
+
+
+@needs_glibc
+def test_importing_the_library_keeps_blocks_as_large_as_malloc_learns_from(root):
+    before, after, larger = counts(
+        "import torch; print(page_faults(10, blocks=5))\n"
+        "import flopeq; page_faults(10, blocks=5); print(page_faults(10, blocks=5), page_faults(64))",
+        root,
+    )
+    assert before >= 8 * (50 / HUGE - 5)
+    assert after <= 8
+    assert larger >= 8 * (64 / HUGE - 1)
+
+
+@needs_glibc
+def test_memory_that_is_kept_is_not_cleared_again_by_the_system(root):
+    given_back, kept = counts(
+        "from flopeq.malloc import keep_freed_memory\n"
+        "print(page_faults(64)); assert keep_freed_memory(); page_faults(64); print(page_faults(64))",
+        root,
+    )
+    assert given_back >= 8 * (64 / HUGE - 1)
     assert kept <= 8
 
 
