@@ -204,11 +204,11 @@ class FlopAttention(nn.Module):
         if is_causal:
             raise ValueError("a causal mask tells left from right, so the attention would not commute with the flop")
         # Halves go straight from the products to their places in the heads, and their gradients straight back.
-        even, odd = (
+        thirds = (
             rearrange(part, "B N (k h d) -> B N k h d", k=3, h=self.num_heads).unbind(2)
             for part in self.qkv.on_halves(even, odd)
         )
-        q, k, v = (join(*halves).transpose(1, 2) for halves in zip(even, odd, strict=True))
+        q, k, v = (join(*halves).transpose(1, 2) for halves in zip(*thirds, strict=True))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
