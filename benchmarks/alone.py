@@ -40,13 +40,13 @@ def main() -> None:
     print("| network | ms, given back | ms, kept | given back / kept | page faults, given back | kept |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for model in args.models:
-        given_back, kept = in_turn(model, args.batch_size, args.runs)
-        ratios = [slow / fast for (slow, _), (fast, _) in zip(given_back, kept, strict=True)]
+        sides = in_turn(model, args.batch_size, args.runs)
+        ratios = [slow / fast for (slow, _), (fast, _) in zip(*sides, strict=True)]
         low, high = quartiles(ratios)
-        ms, faults = zip(*([statistics.median(column) for column in zip(*side, strict=True)]
-                           for side in (given_back, kept)), strict=True)  # fmt: skip
-        print(f"| {model} | {1e3 * ms[0]:.0f} | {1e3 * ms[1]:.0f} | {statistics.median(ratios):.2f} "
-              f"({low:.2f} to {high:.2f}) | {faults[0]:,.0f} | {faults[1]:,.0f} |", flush=True)  # fmt: skip
+        ms = [1e3 * statistics.median(seconds for seconds, _ in side) for side in sides]
+        faults = [statistics.median(count for _, count in side) for side in sides]
+        print(f"| {model} | {ms[0]:.0f} | {ms[1]:.0f} | {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) "
+              f"| {faults[0]:,.0f} | {faults[1]:,.0f} |", flush=True)  # fmt: skip
     print(f"\n{hardware_name('cpu')}, {torch.get_num_threads()} threads; float32, batch {args.batch_size}; "
           f"torch {torch.__version__}, timm {timm.__version__}.")  # fmt: skip
 

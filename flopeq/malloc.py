@@ -24,7 +24,7 @@ def expect_large_blocks() -> None:
 
     As if the process had freed an array of that size; nothing is written to it. Called when flopeq is imported.
     """
-    torch.empty(_LARGEST, dtype=torch.uint8)
+    torch.empty(_LARGEST, dtype=torch.uint8, device="cpu")  # whatever the default device is
 
 
 def keep_freed_memory() -> bool:
