@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import calculate_drop_path_rates
 from timm.layers.weight_init import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq
@@ -52,13 +53,16 @@ class FlopConvNeXtBlock(ConvNeXtBlock):
         self.mlp = FlopMlp(channels, 4 * channels, act_layer=FlopGELU, **dd)
 
     def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
-        update = self.norm.on_halves(*split(self.conv_dw(x).permute(0, 2, 3, 1)))
-        halves = split(x.permute(0, 2, 3, 1))
+        # Places as one axis: torch.compile stores what a training step keeps of (B, H, W, C) with rows innermost.
+        halves, update = (split(rearrange(y, "B C H W -> B (H W) C")) for y in (x, self.conv_dw(x)))
+        update = self.norm.on_halves(*update)
         if even_only:
             y = self.mlp.even_half(*update)
             y = y if self.gamma is None else y * split(self.gamma)[0]
-            return (halves[0] + self.drop_path(y)).permute(0, 3, 1, 2)
-        return join(*residual(halves, self.mlp.on_halves(*update), self.gamma, self.drop_path)).permute(0, 3, 1, 2)
+            y = halves[0] + self.drop_path(y)
+        else:
+            y = join(*residual(halves, self.mlp.on_halves(*update), self.gamma, self.drop_path))
+        return rearrange(y, "B (H W) C -> B C H W", H=x.shape[-2])
 
 
 class EntryBlock(ConvNeXtBlock):

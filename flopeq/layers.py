@@ -18,6 +18,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
 from timm.layers.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from flopeq.depthwise import depthwise_conv2d
 from flopeq.irreps import SQRT_HALF, butterfly, half, join, split
 from flopeq.products import Linear
 
@@ -480,9 +481,9 @@ class FlopDepthwiseConv(nn.Module):
         bias_even, bias_odd_to_even = self.bias.chunk(2)
         zeros = torch.zeros_like(bias_even)
         bias = torch.cat((bias_even, zeros, bias_odd_to_even, zeros))
-        y = F.conv2d(x, self.kernel(), bias, padding=self.kernel_size // 2, groups=self.num_channels)
-        # By way of channels last, which is how the block's norm and products read them.
-        y = rearrange(y, "B (source target C) H W -> B H W (target source C)", source=2, target=2)
+        y = depthwise_conv2d(x, self.kernel(), bias)
+        # Channels last while their order changes, which is how the block's norm and products read them.
+        y = rearrange(y.permute(0, 2, 3, 1), "B H W (source target C) -> B H W (target source C)", source=2, target=2)
         return y.permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
