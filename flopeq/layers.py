@@ -481,7 +481,7 @@ class FlopDepthwiseConv(nn.Module):
         bias_even, bias_odd_to_even = self.bias.chunk(2)
         zeros = torch.zeros_like(bias_even)
         bias = torch.cat((bias_even, zeros, bias_odd_to_even, zeros))
-        y = depthwise_conv2d(x, self.kernel(), bias)
+        y = depthwise_conv2d(x, self.kernel(), bias, self.kernel_size // 2, self.num_channels)
         # Channels last while their order changes, which is how the block's norm and products read them.
         y = rearrange(y.permute(0, 2, 3, 1), "B H W (source target C) -> B H W (target source C)", source=2, target=2)
         return y.permute(0, 3, 1, 2)
