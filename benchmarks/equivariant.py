@@ -30,7 +30,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flopeq import products
+from flopeq import depthwise, products
 from flopeq.benchmark import Protocol, Throughput, hardware_name, protocol_for, throughput_where_it_fits
 from flopeq.build import ModelError, build
 from flopeq.comparison import ratio
@@ -81,8 +81,9 @@ def main() -> None:
         stand_in_for_old_timm(args.authors.resolve())
     if args.unfused:
         timm.layers.set_fused_attn(False)
-    if args.mkl:
+    if args.plain:
         products.set_onednn(False)
+        depthwise.set_sums(False)
     if not args.give_back:
         keep_freed_memory()
     defaults = protocol_for(args.device)
@@ -205,7 +206,9 @@ def show(rows: list[tuple[str, ...]], args: argparse.Namespace) -> None:
     defaults = protocol_for(args.device)
     on = hardware_name(args.device) + ("" if "cuda" in args.device else f", {torch.get_num_threads()} threads")
     dtype = args.dtype or str(defaults.dtype).removeprefix("torch.")
-    kernels = ("unfused" if args.unfused else "fused") + " attention" + (", all products by MKL" if args.mkl else "")
+    kernels = ("unfused" if args.unfused else "fused") + " attention"
+    if args.plain:
+        kernels += ", E by X's library calls"
     print(*lines, sep="\n")
     print(
         f"\n{on}; {dtype}, batch {args.batch_size or defaults.batch_size}, {args.runs or defaults.runs} passes, "
@@ -232,7 +235,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, help="timed passes per model; default: the device's protocol")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the device's protocol")
     parser.add_argument("--unfused", action="store_true", help="attention as plain products and a softmax")
-    parser.add_argument("--mkl", action="store_true", help="on a CPU: E's products by MKL, as X's are, not by oneDNN")
+    parser.add_argument("--plain", action="store_true",
+                        help="on a CPU: products and depthwise gradients of E by the library calls of X")  # fmt: skip
     parser.add_argument("--give-back", action="store_true",
                         help="on a CPU: freed memory goes back to the system, as malloc has it")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
