@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 HISTORY = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
 HISTORY_EMA = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
 _WEIGHTS = {loop.PLAIN: "weights.safetensors", loop.EMA: "weights_ema.safetensors"}
-_NETWORKS = ("build", "convnext", "irreps", "layers", "products", "resmlp", "variants", "vit")
+_NETWORKS = ("build", "convnext", "depthwise", "irreps", "layers", "products", "resmlp", "variants", "vit")
 _TRAINING = ("augment", "data", "decode", "loop", "proxy", "recipe", "worker")
 CODE = (*(f"flopeq/{name}.py" for name in _NETWORKS), *(f"pipeline/{name}.py" for name in _TRAINING))
 """Files whose change may change the weights."""
