@@ -1,10 +1,11 @@
-"""A network alone in its process on a CPU: freed memory kept by the process, and given back to the system.
+"""Compares a forward pass on a CPU with and without `keep_freed_memory`, one process each.
 
     python benchmarks/alone.py                             the S sizes, X and E
     python benchmarks/alone.py MODEL ... --batch-size 64
 
-Two processes take turns, pass by pass; compiled, float32, no gradients. A page fault is a page that the system clears
-and hands out, of memory that was given back before. Medians, and of the ratios of neighbouring passes quartiles too.
+Two processes alternate pass by pass, compiled, in float32, without gradients. A page fault is a page that the system
+clears and hands out again after it was returned. Times are medians; ratios are medians over neighbouring passes, with
+quartiles.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flopeq.benchmark import forward_pass, hardware_name, quartiles, timed
-from flopeq.build import build
-from flopeq.malloc import keep_freed_memory
+from flopeq.backends.malloc import keep_freed_memory
+from flopeq.hardware import hardware_name
+from flopeq.measure.throughput import forward_pass, quartiles, time_call
+from flopeq.models.build import build
 
 SMALL = ("deit3_small_patch16_224", "resmlp_24_224", "convnext_iso_small")
 MODELS = [prefix + name for name in SMALL for prefix in ("", "flop_")]
@@ -35,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=10, help="timed passes of each side")
+    parser.add_argument("--runs", type=int, default=10, help="timed passes per process")
     args = parser.parse_args()
     print("| network | ms, given back | ms, kept | given back / kept | page faults, given back | kept |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -59,7 +61,7 @@ def in_turn(model: str, batch_size: int, runs: int) -> list[list[tuple[float, in
         here, there = context.Pipe()
         context.Process(target=work, args=(there, model, batch_size, keep), daemon=True).start()
         there.close()
-        here.recv()  # warm, before the other one starts
+        here.recv()  # waits for the warm-up before the other process starts
         sides.append(here)
     passes: list[list[tuple[float, int]]] = [[], []]
     for _ in range(runs):
@@ -85,7 +87,7 @@ def work(pipe: Connection, model: str, batch_size: int, keep: bool) -> None:
         pipe.send("warm")
         while pipe.recv():
             before = page_faults()
-            seconds = timed(run, images_BCHW.device)
+            seconds = time_call(run, images_BCHW.device)
             pipe.send((seconds, page_faults() - before))
 
 

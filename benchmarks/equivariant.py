@@ -1,15 +1,15 @@
-"""E(X) and H(X) over X, and over the authors' code on the same weights, in alternating runs.
+"""Compares E(X) and H(X) with X, and with the authors' code on the same weights, in alternation.
 
     python benchmarks/equivariant.py                                   E of the S sizes, forward, compiled
     python benchmarks/equivariant.py --sizes B L --variants E H --modes forward train --batch-size 4
     python benchmarks/equivariant.py --variants H --splits all         H with 1, 2, ... equivariant blocks
-    python benchmarks/equivariant.py --authors PATH --markdown         beside a checkout of the authors' code
+    python benchmarks/equivariant.py --authors PATH --markdown         compare with a checkout of the authors' code
 
-X, E, H and the authors' E and H of one size take turns, pass by pass. `FLOPs` is X's count over the network's, `faster`
-its throughput over X's (the median over neighbouring passes, with quartiles), and `share` how much of the saved FLOPs
-became speed: faster over FLOPs. `authors` is our throughput over theirs, and `authors' MB` our peak memory
-over theirs, after both have given the same logits for the same weights. Memory is that of a GPU; on a CPU it is not
-measured.
+X, E, H and the authors' E and H of one size alternate pass by pass. `FLOPs` is the count of X over that of the network.
+`faster` is the throughput over that of X, the median over neighbouring passes, with quartiles. `share` is `faster` over
+`FLOPs`, the share of the saved FLOPs that became speed. `authors` is the throughput of flopeq over that of the authors'
+code, and `authors' MB` the same for peak memory, which is measured on a GPU only. The script first checks that both
+give the same logits for the same weights.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flopeq import depthwise, products
-from flopeq.benchmark import Protocol, Throughput, hardware_name, protocol_for, throughput_where_it_fits
-from flopeq.build import ModelError, build
-from flopeq.comparison import ratio
-from flopeq.convert import convert_authors_state_dict, shown_args
-from flopeq.flops import complexity
-from flopeq.malloc import keep_freed_memory
+from flopeq.backends import depthwise, onednn
+from flopeq.backends.malloc import keep_freed_memory
+from flopeq.hardware import hardware_name
+from flopeq.hub.convert import convert_authors_state_dict, infer_args
+from flopeq.measure.comparison import ratio_with_quartiles
+from flopeq.measure.flops import complexity
+from flopeq.measure.throughput import Protocol, Throughput, measure_throughput_if_fits, protocol_for
+from flopeq.models.build import ModelError, build
 from flopeq.registry import MODELS, PREFIXES, ModelInfo
 from flopeq.testing import relative_error
-from tests.authors.make_fixture import stand_in_for_old_timm
+from tests.hub.authors.make_fixture import stand_in_for_old_timm
 
 IMAGE_SIZE = (3, 224, 224)
 COLUMNS = ("network", "mode", "img/s", "quartiles", "peak MB", "FLOPs", "faster", "quartiles", "share", "authors",
@@ -82,8 +83,8 @@ def main() -> None:
     if args.unfused:
         timm.layers.set_fused_attn(False)
     if args.plain:
-        products.set_onednn(False)
-        depthwise.set_sums(False)
+        onednn.enable_onednn(False)
+        depthwise.enable_summed_gradient(False)
     if not args.give_back:
         keep_freed_memory()
     defaults = protocol_for(args.device)
@@ -129,7 +130,7 @@ def measure(
     """One size in one alternating run: a row of cells for each network."""
     builders: dict[str, Callable[[], nn.Module]] = {one.name: one.build for one in networks}
     builders |= {f"authors' {one.name}": partial(of_authors, one.info, not args.unfused) for one in authors}
-    measured, alternating = throughput_where_it_fits(
+    measured, alternating = measure_throughput_if_fits(
         builders, image_size=IMAGE_SIZE, protocol=protocol, device=args.device
     )
     x = networks[0]
@@ -140,13 +141,15 @@ def measure(
     for one in networks:
         ours, theirs, over = (measured.get(key) for key in (one.name, f"authors' {one.name}", x.name))
         saved = None if one is x else flops[x] / flops[one]
-        low, faster, high = ratio(ours, over, alternating) if ours and over and saved else (None, None, None)
+        low, faster, high = (
+            ratio_with_quartiles(ours, over, alternating) if ours and over and saved else (None, None, None)
+        )
         rows.append(
             (
                 one.name, mode, *speed(ours), cell(saved, 2), cell(faster, 3),
                 "" if low is None else f"{low:.3f} to {high:.3f}",
                 cell(faster and saved and faster / saved, 2),
-                cell(ours and theirs and ratio(ours, theirs, alternating)[1], 3),
+                cell(ours and theirs and ratio_with_quartiles(ours, theirs, alternating)[1], 3),
                 cell(ours and theirs and ours.peak_mem_mb and theirs.peak_mem_mb
                      and ours.peak_mem_mb / theirs.peak_mem_mb, 2),
             )
@@ -161,10 +164,10 @@ def check_same(info: ModelInfo, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            if parameter.requires_grad:  # LayerScales of 1e-6 would hide what the blocks do
+            if parameter.requires_grad:  # LayerScales of 1e-6 would hide the contribution of the blocks
                 parameter.add_(0.05 * torch.randn_like(parameter))
         tensors = convert_authors_state_dict(theirs.state_dict(), info.model)
-        ours = build(info.model, **shown_args(tensors, info.model)).double().eval()
+        ours = build(info.model, **infer_args(tensors, info.model)).double().eval()
         ours.load_state_dict(tensors)
         image_BCHW = torch.randn(1, *IMAGE_SIZE, dtype=torch.float64)
         error = relative_error(*(model.to(args.device)(image_BCHW.to(args.device)) for model in (ours, theirs)))
@@ -234,13 +237,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="images per pass; default: the device's protocol")
     parser.add_argument("--runs", type=int, help="timed passes per model; default: the device's protocol")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: the device's protocol")
-    parser.add_argument("--unfused", action="store_true", help="attention as plain products and a softmax")
+    parser.add_argument("--unfused", action="store_true", help="compute attention with separate products and a softmax")
     parser.add_argument("--plain", action="store_true",
-                        help="on a CPU: products and depthwise gradients of E by the library calls of X")  # fmt: skip
+                        help="on a CPU: make E use the library calls of X")  # fmt: skip
     parser.add_argument("--give-back", action="store_true",
-                        help="on a CPU: freed memory goes back to the system, as malloc has it")  # fmt: skip
+                        help="on a CPU: return freed memory to the system, malloc's default")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--markdown", action="store_true", help="a table for the docs")
+    parser.add_argument("--markdown", action="store_true", help="print a table for the docs")
     return parser.parse_args()
 
 

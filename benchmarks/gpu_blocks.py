@@ -1,8 +1,8 @@
-"""Other ways to compute the block of E(ViT) on a GPU, on the same weights and with the same result.
+"""Alternative implementations of the block of E(ViT) on a GPU, with the same weights and the same result.
 
 `batched`: LayerNorm and residuals on joined halves, and one batched product for both halves.
-`triton`: the same with the kernels of `gpu_products`, which read and write the channels of attention heads in place
-and apply `FlopGELU` before they store.
+`triton`: the same with the kernels of `gpu_products`, which access the channels of attention heads in place and apply
+`FlopGELU` before they store the result.
 
 Shape suffixes as in `flopeq.layers`.
 """
@@ -17,12 +17,13 @@ from gpu_products import paired_gelu_linear, paired_linear
 from torch import Tensor
 
 from flopeq.irreps import SQRT_HALF
-from flopeq.layers import FlopLayerNorm, FlopLinear
-from flopeq.vit import FlopBlock, layer_scale
+from flopeq.layers.linear import FlopLinear
+from flopeq.layers.norm import FlopLayerNorm
+from flopeq.models.vit import FlopBlock, get_layer_scale
 
 
 def batched(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Batched products by cuBLAS; each bias is added by the kernel that reads the product."""
+    """Uses batched products of cuBLAS. The kernel that reads a product adds its bias."""
     attn, mlp = self.attn, self.mlp
     B, N, C = x.shape
     h, d_half, dtype = attn.num_heads, C // attn.num_heads // 2, autocast_dtype(x)
@@ -34,12 +35,12 @@ def batched(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_caus
     y = y.reshape(B * N, h, 2, d_half).permute(2, 0, 1, 3).reshape(2, B * N, C // 2)
     y = batched_product(y, attn.proj, dtype)
     y = torch.cat((y[0] + attn.proj.even.bias.to(dtype), y[1]), -1).view(B, N, C)
-    x = x + y * layer_scale(self.ls1)
+    x = x + y * get_layer_scale(self.ls1)
     y = batched_product(halves_first(joined_norm(x, self.norm2)), mlp.fc1, dtype)
     y = torch.stack(mlp.act.on_halves(y[0] + mlp.fc1.even.bias.to(dtype), y[1]))
     y = batched_product(y, mlp.fc2, dtype)
     y = torch.cat((y[0] + mlp.fc2.even.bias.to(dtype), y[1]), -1).view(B, N, C)
-    return x + y * layer_scale(self.ls2)
+    return x + y * get_layer_scale(self.ls2)
 
 
 def by_triton(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -52,11 +53,11 @@ def by_triton(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_ca
     q, k, v = (part.transpose(1, 2) for part in heads.view(B, N, 3, h, 2 * d_half).unbind(2))
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B * N, C)
     y = paired_linear(y, stacked_weights(attn.proj, dtype), attn.proj.even.bias.to(dtype), d_half, 0)
-    x = x + y.view(B, N, C) * layer_scale(self.ls1)
+    x = x + y.view(B, N, C) * get_layer_scale(self.ls1)
     y = joined_norm(x, self.norm2).view(B * N, C).to(dtype)
     y = paired_gelu_linear(y, stacked_weights(mlp.fc1, dtype), mlp.fc1.even.bias.to(dtype))
     y = paired_linear(y, stacked_weights(mlp.fc2, dtype), mlp.fc2.even.bias.to(dtype), 0, 0)
-    return x + y.view(B, N, C) * layer_scale(self.ls2)
+    return x + y.view(B, N, C) * get_layer_scale(self.ls2)
 
 
 BLOCKS: dict[str, Callable[..., Tensor]] = {"library": FlopBlock.forward, "batched": batched, "triton": by_triton}

@@ -1,12 +1,12 @@
 # ruff: noqa: B023  the timed lambdas run inside the iteration that defines them
-"""Products of even and odd halves in Triton, and how long they take beside cuBLAS.
+"""Products of even and odd halves in Triton, compared with cuBLAS.
 
     python benchmarks/gpu_products.py                       times one block's products on a GPU
     TRITON_INTERPRET=1 python benchmarks/gpu_products.py    compares the kernels with float64 on a CPU
 
-`paired_linear` is both products of a `FlopLinear` in one launch. Its input and output hold joined halves, or the
-channels of attention heads (each head even then odd), so that no copy gathers them. `paired_gelu_linear` also applies
-`FlopGELU` before it stores anything.
+`paired_linear` computes both products of a `FlopLinear` in one launch. Its input and output have joined halves, or the
+channels of attention heads (each head even then odd), so no copy has to gather them. `paired_gelu_linear` also applies
+`FlopGELU` before it stores the result.
 
 Shape suffixes: M rows, K input channels of one half, N output channels of one half.
 """
@@ -29,7 +29,7 @@ BLOCK_SHAPES = {"S": (384, 197, 6), "B": (768, 197, 12), "L": (1024, 197, 16), "
 
 @triton.jit
 def _column(index, parity, width, HEAD_HALF: tl.constexpr):
-    """Where channel `index` of a half lies in a row: joined halves, or heads of HEAD_HALF even and odd channels."""
+    """Column of channel `index` of a half: in joined halves, or in heads of HEAD_HALF even and odd channels."""
     if HEAD_HALF == 0:
         return parity * width + index
     else:
@@ -38,7 +38,7 @@ def _column(index, parity, width, HEAD_HALF: tl.constexpr):
 
 @triton.jit
 def _tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Tile of a program, in groups of rows that share weights in the L2 cache."""
+    """The tile of a program. Tiles are ordered in groups of rows that share weights in the L2 cache."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     per_group = GROUP * tiles_n
     first = pid // per_group * GROUP

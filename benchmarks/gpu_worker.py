@@ -1,4 +1,4 @@
-"""A network in a process of its own: built, compiled, compared with its float32 reference, timed on request."""
+"""Builds and compiles a network in its own process, compares it with a float32 reference, and times it on request."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SMALL = {
     "resmlp": {"img_size": 64, "patch_size": 16, "embed_dim": 64, "num_blocks": 2},
     "convnext_iso": {"patch_size": 8, "embed_dim": 64, "depth": 2},
 }
-"""Arguments of a dry run's networks."""
+"""Model arguments for a dry run."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to build, and how to run it."""
+    """A network to build, and the mode to run it in."""
 
     mode: str
     """`forward`, `train`, or `max-autotune`: a forward pass compiled in that mode."""
@@ -109,7 +109,7 @@ def _prepare(job: Job) -> tuple[dict[str, Any], Callable[[], object], Callable[[
     import torch
 
     import flopeq  # noqa: F401
-    from flopeq.benchmark import MIB, _training_step, forward_pass
+    from flopeq.measure.throughput import MIB, _training_step, forward_pass
 
     torch.manual_seed(0)
     device, dtype = ("cpu", torch.bfloat16) if job.dry else ("cuda", torch.float16)
@@ -121,7 +121,7 @@ def _prepare(job: Job) -> tuple[dict[str, Any], Callable[[], object], Callable[[
     train = job.mode == "train"
     model.train(train)
     before = 0 if job.dry else torch.cuda.memory_allocated()
-    # Triton compiles for GPUs alone.
+    # Triton compiles for GPUs only.
     mode = job.mode if job.mode == "max-autotune" else "reduce-overhead"
     call = model if job.dry and job.block == "triton" else torch.compile(model, mode=None if job.dry else mode)
     once = _training_step(model, call, images, dtype) if train else forward_pass(call, images, dtype)
@@ -140,7 +140,7 @@ def _prepare(job: Job) -> tuple[dict[str, Any], Callable[[], object], Callable[[
             facts["compiled_error"] = _distance(logits[:8].float(), _reference(model, images[:8], job))
     facts["peak_mem_mb"] = None
     if not job.dry:
-        # The second pass records the CUDA graph, and so allocates what a pass needs; later ones replay it.
+        # The second pass records the CUDA graph and allocates its memory. Later passes replay the graph.
         sync()
         torch.cuda.reset_peak_memory_stats()
         run()
@@ -159,7 +159,7 @@ def _build(job: Job) -> Any:
     if job.authors:
         from benchmarks.equivariant import of_authors
         from flopeq.registry import MODELS
-        from tests.authors.make_fixture import stand_in_for_old_timm
+        from tests.hub.authors.make_fixture import stand_in_for_old_timm
 
         stand_in_for_old_timm(Path(job.authors))
         return of_authors(MODELS[job.model], fused=True)
@@ -196,7 +196,7 @@ def _compare(model: Any, images: Any, job: Job) -> dict[str, Any]:
     with torch.no_grad():
         expected = _reference(model, images, job)
         if job.block == "triton" and not job.dry:
-            return facts  # each dtype would be tuned anew, for minutes
+            return facts  # tuning again for each dtype would take minutes
         if job.who in ("E", "batched", "triton", "authors"):
             facts["flop_error_float32"] = _distance(model(images.flip(-1)), expected)
         for name in ("float16", "bfloat16"):

@@ -1,11 +1,11 @@
-"""Images per second and core from files to uint8 batches: our loader, timm's and torchvision's, alternating.
+"""Compares data loaders by images per second and core, from files to uint8 batches: flopeq, timm and torchvision.
 
     python benchmarks/loader.py --photos /tmp/photos                    crop and flop, then the recipes' augmentations
     python benchmarks/loader.py --photos /tmp/photos --only crop
 
-The photos are those of benchmarks/photos.py, written first if they are missing: ours are read from shards, by the path
-that training takes, the others' from their folder. All run in this process, on one core, with one thread. Ratios are
-medians over the rounds, in each of which every loader reads the same number of images, with their quartiles.
+The script first writes the photos of benchmarks/photos.py if they are missing. flopeq reads them from shards, as in
+training; timm and torchvision read their folder. All loaders run in this process, on one core, with one thread. They
+alternate in rounds, each with the same number of images. Ratios are medians over rounds, with quartiles.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
-from pipeline import augment, config, data, shard
+from pipeline.base import config
+from pipeline.loading import augment, batching, datasets
+from pipeline.packing import pack
+from pipeline.shards import manifests
 
 AUGMENTATIONS = {
     "crop": {},
     "3a": {"auto_augment": "3a", "color_jitter": 0.3},
     "rand": {"auto_augment": "rand-m9-mstd0.5-inc1"},
 }
-"""What comes after the crop and the flop. timm leaves colour jitter out beside RandAugment."""
+"""Augmentations after the crop and the flop. timm omits color jitter with RandAugment."""
 SIDE = 224
 ROW = "{:6} {:14} {:>8} {:>8} {:>17}"
 
@@ -50,7 +53,7 @@ def main() -> None:
     write_photos(args.photos, args.images, val=10)
     print(ROW.format("task", "loader", "img/s", "ours/it", "quartiles"))
     with tempfile.TemporaryDirectory() as folder:
-        images = data.IndexedImages(shards(args.photos, Path(folder)), "train")
+        images = datasets.IndexedImages(shards(args.photos, Path(folder)), "train")
         for name in [args.only] if args.only else AUGMENTATIONS:
             loaders = {
                 "ours": ours(images, AUGMENTATIONS[name], args.batch_size),
@@ -61,17 +64,26 @@ def main() -> None:
             show(name, measure(loaders, rounds=args.rounds, batches=args.images // args.batch_size))
 
 
-def ours(images: data.IndexedImages, augmentation: dict, batch_size: int) -> Batches:
+def ours(images: datasets.IndexedImages, augmentation: dict, batch_size: int) -> Batches:
     """What `data.train_batches` has before it goes to the device."""
-    recipe = preset().recipes["vit-s"].model_copy(update={
-        "auto_augment": None, "color_jitter": 0.0, **augmentation, "global_batch_size": batch_size,
-    })
-    transform = augment.train_transform(recipe, preset().data)
+    recipe = (
+        preset()
+        .recipes["vit-s"]
+        .model_copy(
+            update={
+                "auto_augment": None,
+                "color_jitter": 0.0,
+                **augmentation,
+                "global_batch_size": batch_size,
+            }
+        )
+    )
+    transform = augment.build_train_transform(recipe, preset().data)
 
     def batches() -> Iterator[Tensor]:
         for epoch in itertools.count():
-            order = data.epoch_order(len(images), seed=0, epoch=epoch)
-            fetch = data.Fetch(images, transform, order, seed=augment.fold(0, epoch))
+            order = batching.epoch_order(len(images), seed=0, epoch=epoch)
+            fetch = batching.BatchDataset(images, transform, order, seed=augment.derive_seed(0, epoch))
             for start in range(0, len(images) - batch_size + 1, batch_size):
                 yield fetch[range(start, start + batch_size)][0]
 
@@ -81,8 +93,14 @@ def ours(images: data.IndexedImages, augmentation: dict, batch_size: int) -> Bat
 def timms(photos: Path, augmentation: dict, batch_size: int) -> Batches:
     """timm's loader up to where it goes to the device, for which it keeps uint8."""
     loader = create_loader(
-        ImageDataset(str(photos / "train")), (3, SIDE, SIDE), batch_size, is_training=True, num_workers=0,
-        interpolation="bicubic", persistent_workers=False, device=torch.device("cpu"),
+        ImageDataset(str(photos / "train")),
+        (3, SIDE, SIDE),
+        batch_size,
+        is_training=True,
+        num_workers=0,
+        interpolation="bicubic",
+        persistent_workers=False,
+        device=torch.device("cpu"),
         **{"color_jitter": 0.0, **augmentation},
     )
     return endless(cast(DataLoader, loader.loader))  # type: ignore[union-attr]
@@ -90,10 +108,13 @@ def timms(photos: Path, augmentation: dict, batch_size: int) -> Batches:
 
 def torchvisions(photos: Path, batch_size: int) -> Batches:
     """torchvision's classes as its references use them, but with uint8 at the end too."""
-    transform = v2.Compose([
-        v2.RandomResizedCrop(SIDE, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
-        v2.PILToTensor(),
-    ])
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(SIDE, interpolation=InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+        ]
+    )
     return endless(DataLoader(ImageFolder(str(photos / "train"), transform), batch_size, shuffle=True, drop_last=True))
 
 
@@ -135,18 +156,18 @@ def show(task: str, speeds: dict[str, list[float]]) -> None:
 
 def preset() -> config.Experiment:
     """The recipes that the augmentations are taken from."""
-    return config.load(Path(__file__).parent.parent / "presets" / "imagenet.yaml")
+    return config.load_experiment(Path(__file__).parent.parent / "presets" / "imagenet.yaml")
 
 
-def shards(photos: Path, folder: Path) -> data.Shards:
-    shard.write(str(photos), folder, images_per_shard=256, seed=0)
-    return data.Shards(folder)
+def shards(photos: Path, folder: Path) -> manifests.Shards:
+    pack.pack_source(str(photos), folder, images_per_shard=256, seed=0)
+    return manifests.Shards(folder)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True, help="folder for the photos")
-    parser.add_argument("--images", type=int, default=256, help="photos, and images of each loader in a round")
+    parser.add_argument("--images", type=int, default=256, help="number of photos, and of images per loader and round")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=AUGMENTATIONS)

@@ -1,15 +1,15 @@
-"""One prepared run on a GPU, in minutes: Table 1, training steps, other block layouts, products alone, profiles.
+"""Measures on a GPU in minutes: Table 1, training steps, other block layouts, single products and profiles.
 
-    python benchmarks/on_gpu.py --out DIR                             all waves, most valuable first
-    python benchmarks/on_gpu.py --out DIR --waves 1 2 --seconds 500   some of them
-    python benchmarks/on_gpu.py --out DIR --authors PATH              beside a checkout of the authors' code
-    python benchmarks/on_gpu.py --out DIR --dry                       small networks on a CPU: does the script work?
+    python benchmarks/on_gpu.py --out DIR                             all waves, most important first
+    python benchmarks/on_gpu.py --out DIR --waves 1 2 --seconds 500   selected waves
+    python benchmarks/on_gpu.py --out DIR --authors PATH              compare with a checkout of the authors' code
+    python benchmarks/on_gpu.py --out DIR --dry                       test the script with small networks on a CPU
 
-A wave compiles its networks side by side, each in a process of its own, and then times them one pair at a time: X and
-the other network take turns, twenty passes each, and the median of the rounds' ratios counts. The paper's protocol
-(batch 64, float16 autocast) but for `mode="reduce-overhead"` of torch.compile, which compiles in a tenth of the time of
-`max-autotune`; wave 6 has `max-autotune`. Every result is written as soon as it is there: `rows.csv`, `products.csv`,
-`kernels.csv`, `device.json`.
+A wave compiles its networks in parallel, each in its own process, and then times one pair at a time. X and the other
+network alternate in rounds of twenty passes each; the result is the median ratio over rounds. The protocol is the
+paper's (batch 64, float16 autocast), except for `mode="reduce-overhead"` of torch.compile, which compiles in a tenth of
+the time of `max-autotune`. Wave 6 uses `max-autotune`. The script writes every result at once to `rows.csv`,
+`products.csv`, `kernels.csv` or `device.json`.
 """
 
 from __future__ import annotations
@@ -187,10 +187,12 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, which are added to")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the results; existing files are appended to"
+    )
     parser.add_argument("--waves", type=int, nargs="+", default=[1, 0, 2, 3, 4, 5, 6], choices=[0, *WAVES],
-                        help="what to measure; 0: products alone")  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=540, help="when to stop")
+                        help="what to measure; 0: single products")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=540, help="time limit")
     parser.add_argument("--authors", type=Path, metavar="PATH", help="a checkout of the authors' repository")
     parser.add_argument("--dry", action="store_true", help="small networks on a CPU")
     return parser.parse_args()

@@ -1,9 +1,10 @@
-"""Photo-like JPEGs to measure with: about 110 KB at about 500x375, as ImageNet's are.
+"""Writes photo-like JPEGs for benchmarks: about 110 KB at about 500x375, like ImageNet's.
 
-    python benchmarks/photos.py /tmp/photos --images 2000          2,000 training photos and 100 for validation
+    python benchmarks/photos.py /tmp/photos --images 2000          2,000 training and 100 validation photos
 
-They are random crops of scikit-learn's two sample photos, mirrored or not, brighter or darker, with noise that sets
-their size, and lie in `{train,val}/<wnid>/` under names like ImageNet's. Equal arguments give equal bytes.
+The photos are random crops of scikit-learn's two sample photos, randomly mirrored and brightened or darkened, with
+noise that sets the file size. They are in `{train,val}/<wnid>/` under names like ImageNet's. Equal arguments give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from sklearn.datasets import load_sample_images
 from timm.data import ImageNetInfo
 
 SIDES = ((375, 500), (333, 500), (375, 500), (400, 500), (500, 375))  # rows, columns
-NOISE = (5.0, 12.0)  # standard deviation, in levels
+NOISE = (5.0, 12.0)  # standard deviation in gray levels
 GAIN = (0.7, 1.2)
 QUALITY = 95
 
 
-def photos(num: int, *, split: str = "train", classes: int = 10, seed: int = 0, processes: int = 2) -> Iterator[
-    tuple[str, bytes]
-]:
-    """(name, JPEG) of `num` photos, class by class as in ImageNet's archives, about 100 a second."""
+def photos(
+    num: int, *, split: str = "train", classes: int = 10, seed: int = 0, processes: int = 2
+) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, JPEG) of `num` photos, class by class as in ImageNet's archives, about 100 per second."""
     wnids = ImageNetInfo().label_names()[:classes]
     names = [_name(split, wnids[number * classes // num], number) for number in range(num)]
     tasks = [(seed, split == "val", number) for number in range(num)]
@@ -37,7 +38,7 @@ def photos(num: int, *, split: str = "train", classes: int = 10, seed: int = 0, 
 
 
 def write_photos(folder: Path, num: int, *, val: int = 100, classes: int = 10, seed: int = 0) -> None:
-    """Writes `num` training and `val` validation photos as `{train,val}/<wnid>/*.JPEG`, unless they are there."""
+    """Writes `num` training and `val` validation photos to `{train,val}/<wnid>/*.JPEG` unless they exist."""
     for split, count in (("train", num), ("val", val)):
         if len(list((folder / split).glob("*/*.JPEG"))) == count:
             continue
@@ -75,12 +76,10 @@ def _photo(task: tuple[int, bool, int]) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--images", type=int, default=2000, help="for training")
-    parser.add_argument("--val", type=int, default=100, help="for validation")
+    parser.add_argument("--images", type=int, default=2000, help="number of training photos")
+    parser.add_argument("--val", type=int, default=100, help="number of validation photos")
     parser.add_argument("--classes", type=int, default=10)
     args = parser.parse_args()
     write_photos(args.folder, args.images, val=args.val, classes=args.classes)

@@ -1,9 +1,10 @@
-"""X's product against E's two of half the width, by MKL and by oneDNN, in turn.
+"""Compares a matrix product of X with the two products of half the width in E, with MKL and with oneDNN.
 
     python benchmarks/products.py                    the products of ViT-S, batch 8
-    python benchmarks/products.py --width 768        those of ViT-B
+    python benchmarks/products.py --width 768        the products of ViT-B
 
-2.00 would be all of the saving. Medians of the ratios of neighbouring turns, with quartiles; float32, no gradients.
+A ratio of 2.00 means the whole saving. The values are medians over neighbouring turns, with quartiles, in float32
+without gradients.
 """
 
 from __future__ import annotations
@@ -21,46 +22,46 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flopeq import products
-from flopeq.benchmark import hardware_name
+from flopeq.backends import onednn
+from flopeq.hardware import hardware_name
 
 TOKENS = 8 * 197
 TURN_S = 0.02
-"""Each turn repeats its product for at least about so long."""
+"""Minimum duration of a turn, in which its product is repeated."""
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=384, help="of X; default: ViT-S's")
+    parser.add_argument("--width", type=int, default=384, help="width of X; default: that of ViT-S")
     parser.add_argument("--turns", type=int, default=30)
     args = parser.parse_args()
-    if not products.is_by_onednn(torch.empty(TOKENS, args.width), torch.empty(args.width, args.width)):
-        sys.exit("error: this processor or this torch has no oneDNN, or the width is too small for it")
+    if not onednn.uses_onednn(torch.empty(TOKENS, args.width), torch.empty(args.width, args.width)):
+        sys.exit("error: oneDNN is not available on this machine, or the width is too small for it")
     print("| in | tokens x in -> out of X | X/E by MKL | X/E by oneDNN | X by MKL / E by oneDNN | E: MKL / oneDNN |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, inside, out in (("qkv", 1, 3), ("proj", 1, 1), ("fc1", 1, 4), ("fc2", 4, 1)):
         inside, out = inside * args.width, out * args.width
         x_mkl, x_onednn, e_mkl, e_onednn = in_turn(
-            [sides(inside, out, halves, onednn) for halves in (1, 2) for onednn in (False, True)], args.turns
+            [sides(inside, out, halves, by_onednn) for halves in (1, 2) for by_onednn in (False, True)], args.turns
         )
         pairs = ((x_mkl, e_mkl), (x_onednn, e_onednn), (x_mkl, e_onednn), (e_mkl, e_onednn))
         print(f"| {name} | {TOKENS} x {inside} -> {out} |", *(f"{ratios(*pair)} |" for pair in pairs), flush=True)
     print(f"\n{hardware_name('cpu')}, {torch.get_num_threads()} threads; torch {torch.__version__}.")
 
 
-def sides(inside: int, out: int, halves: int, onednn: bool) -> Callable[[], None]:
+def sides(inside: int, out: int, halves: int, by_onednn: bool) -> Callable[[], None]:
     """Makes `halves` products, each of so large a part of the features, by oneDNN or by MKL."""
     shape = TOKENS, inside // halves
     operands = [(torch.randn(shape), torch.randn(out // halves, shape[1]), torch.randn(out // halves))
                 for _ in range(halves)]  # fmt: skip
-    return partial(make, operands, onednn)
+    return partial(make, operands, by_onednn)
 
 
-def make(operands: list[tuple[Tensor, Tensor, Tensor]], onednn: bool) -> None:
-    products.set_onednn(onednn)
+def make(operands: list[tuple[Tensor, Tensor, Tensor]], by_onednn: bool) -> None:
+    onednn.enable_onednn(by_onednn)
     for x, weight, bias in operands:
-        products.linear(x, weight, bias)
+        onednn.linear(x, weight, bias)
 
 
 def in_turn(calls: list[Callable[[], None]], turns: int) -> list[list[float]]:

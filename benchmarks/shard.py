@@ -1,13 +1,12 @@
-"""Writing shards from ImageNet's official archives, beside `tar cf` and `cp`, in one alternating run.
+"""Compares writing shards from ImageNet's official archives with `tar cf` and `cp`, in alternation.
 
     python benchmarks/shard.py                    2,000 photos of about 110 KB, warm, then cold and synced
-    python benchmarks/shard.py --index 1281167    time and peak memory with as many images as ImageNet has, tiny ones
+    python benchmarks/shard.py --index 1281167    time and peak memory for as many tiny images as ImageNet has
 
-All take the same images, and we work in one process: `ours` reads them from nested tars, from the scan of the headers
-to the manifest, `ours, listed` has scanned them before; `tar cf` packs them from a folder tree; `cp` copies the nested
-tars. Ratios are medians over neighbouring passes, with their quartiles; above 1 a row is faster. Warm: the sources
-are in the page cache, nothing waits for the disk. Cold and synced: the sources are dropped from the cache first, and
-the time includes `sync`.
+All rows use the same images. `ours` reads nested tars in one process, from the scan of the headers to the manifest.
+`ours, listed` starts with scanned headers. `tar cf` packs a folder tree. `cp` copies the nested tars. Ratios are
+medians over neighbouring passes, with quartiles; a row above 1 is faster. Warm: the sources are in the page cache, and
+nothing waits for the disk. Cold and synced: the sources are dropped from the cache first, and the time includes `sync`.
 """
 
 from __future__ import annotations
@@ -27,12 +26,13 @@ from pathlib import Path
 
 from photos import photos
 
-from pipeline import shard
-from pipeline.imagenet import wnids
-from pipeline.sources import ExistingShards, detect
+from pipeline.base.imagenet import wnids
+from pipeline.packing import pack
+from pipeline.packing.sources.detect import ExistingShards, detect_source
+from pipeline.shards import manifests
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
-import layouts
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from tests.packing import conftest as layouts
 
 IMAGES_PER_SHARD = 1000
 ROW = "{:16} {:14} {:>7} {:>8} {:>15} {:>8} {:>15}"
@@ -47,14 +47,14 @@ def compare(folder: Path, num: int, rounds: int) -> None:
     out = folder / "out"
 
     def ours() -> None:
-        shard.write(str(archives), out, images_per_shard=IMAGES_PER_SHARD, seed=0, in_process=True)
+        pack.pack_source(str(archives), out, images_per_shard=IMAGES_PER_SHARD, seed=0, in_process=True)
 
-    found = detect(str(archives))
+    found = detect_source(str(archives))
     assert not isinstance(found, ExistingShards)
-    listing = found.scan("own")
+    listing = found.list_images("own")
 
     def listed() -> None:
-        shard.write_shards(
+        pack.pack_listing(
             listing, archives, out, source=str(archives), images_per_shard=IMAGES_PER_SHARD, seed=0, in_process=True
         )
 
@@ -71,7 +71,7 @@ def compare(folder: Path, num: int, rounds: int) -> None:
     print(ROW.format("", "", "MB/s", "x tar cf", "quartiles", "x cp", "quartiles"))
     for name, cold in (("warm", False), ("cold and synced", True)):
         seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-        for number in range(rounds + 1):  # the first is not counted
+        for number in range(rounds + 1):  # the first is a warm-up
             for contender, run in contenders.items():
                 took = timed(run, [archives, tree] if cold else [])
                 shutil.rmtree(out)
@@ -113,22 +113,24 @@ def index(folder: Path, num: int) -> None:
             with tempfile.TemporaryFile(dir=folder) as file:
                 with tarfile.open(fileobj=file, mode="w") as inner:
                     for number in range(place * num // 1000, (place + 1) * num // 1000):
-                        layouts.add(inner, f"{wnid}_{number}.JPEG", content)
+                        layouts.add_file(inner, f"{wnid}_{number}.JPEG", content)
                 header = tarfile.TarInfo(f"{wnid}.tar")
                 header.size = file.tell()
                 file.seek(0)
                 outer.addfile(header, file)
-    with get_context("spawn").Pool(1) as pool:  # whose memory is its own
+    with get_context("spawn").Pool(1) as pool:  # a process of its own, to measure its peak memory
         manifest, took, before, peak = pool.apply(measured, (folder,))
-    print(f"{sum(manifest.counts.values()):,} images of {len(content)} bytes into {len(manifest.shards):,} shards: "
-          f"{took:.0f} s, peak memory {peak} MB, of which {before} MB are Python with its libraries")
+    print(
+        f"{sum(manifest.counts.values()):,} images of {len(content)} bytes into {len(manifest.shards):,} shards: "
+        f"{took:.0f} s, peak memory {peak} MB, of which {before} MB are Python with its libraries"
+    )
 
 
-def measured(folder: Path) -> tuple[shard.Manifest, float, int, int]:
+def measured(folder: Path) -> tuple[manifests.Manifest, float, int, int]:
     """What was written, seconds, and the peak memory before and after, in MB."""
     wnids()  # imports torch
     before, start = peak_mb(), time.perf_counter()
-    manifest = shard.write(
+    manifest = pack.pack_source(
         str(folder / "archives"), folder / "out", images_per_shard=IMAGES_PER_SHARD, seed=0, in_process=True
     )
     return manifest, time.perf_counter() - start, before, peak_mb()
@@ -141,13 +143,11 @@ def peak_mb() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=2000, help="photos")
-    parser.add_argument("--rounds", type=int, default=9, help="passes of each")
-    parser.add_argument("--index", type=int, help="tiny images, instead")
-    parser.add_argument("--folder", type=Path, help="where to write; default: the folder for temporary files")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000, help="number of photos")
+    parser.add_argument("--rounds", type=int, default=9, help="passes per row")
+    parser.add_argument("--index", type=int, help="number of tiny images to measure with instead")
+    parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if args.index:

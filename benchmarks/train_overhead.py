@@ -1,12 +1,12 @@
-"""What Ray Train and checkpoints cost: images per second of training through them, over a plain loop's.
+"""Measures the overhead of Ray Train and checkpoints: training images per second relative to a plain loop.
 
     python benchmarks/train_overhead.py --run vit --epochs 150 --steps 100
 
-trains one run of params.yaml, on the digits, in three processes that take turns of so many steps, so that a machine
-that slows down slows all alike. `plain` is pipeline/loop.fit over the same batches without Ray, MLflow and files; `ray`
-is the way of stages/train.py with one worker; `checkpoints` is that with a checkpoint in the middle of every turn. The
-first turns do not count, validation is not timed, start-up is told apart. What Ray's own processes do beside the
-workers slows all three where cores are few: it is told as a share of one core.
+trains one run of params.yaml on the digits in three processes. They alternate in turns of `--steps` steps, so a
+slowdown of the machine affects all three. `plain` runs `pipeline.training.loop.fit` over the same batches without Ray,
+MLflow and files. `ray` trains with one worker as stages/train.py does. `checkpoints` adds a checkpoint in the middle of
+every turn. The first turns are warm-up, validation is not timed, and start-up is reported separately. Ray's own
+processes slow down all three on a machine with few cores; their load is reported as a share of one core.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline import cluster, config, data, loop, recipe, shard, worker
-from stages import prepare
+from pipeline import cluster
+from pipeline.base import config
+from pipeline.loading import batching, datasets
+from pipeline.packing import pack
+from pipeline.packing.sources import digits
+from pipeline.shards import manifests
+from pipeline.training import loop, recipe, worker
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN, RAY, CHECKPOINTS = WAYS = ("plain", "ray", "checkpoints")
@@ -39,18 +44,18 @@ def main() -> None:
     if args.way:
         train(args)
         return
-    # Ray gives its workers a low priority (nice 15), so that beside other programs they would be slower than `plain`.
+    # Ray starts its workers with low priority (nice 15), so other programs would slow them down more than `plain`.
     os.environ |= {"PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        source = config.load(ROOT / "params.yaml").data
-        prepare.write_digits(Path(source.source))
-        shard.write(source.source, source.shards, images_per_shard=512, seed=0)
+        source = config.load_experiment(ROOT / "params.yaml").data
+        digits.write_digits(Path(source.source))
+        pack.pack_source(source.source, source.shards, images_per_shard=512, seed=0)
         for way in WAYS:
             Path(way).mkdir()
             Path(way, "data").symlink_to(Path("data").absolute())
         Path("turn").write_text(PLAIN)
-        with cluster.local(cpus=len(WAYS)):
+        with cluster.local_cluster(cpus=len(WAYS)):
             started = time.time()
             trainings = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--way", way]) for way in WAYS]
             try:
@@ -71,7 +76,7 @@ def main() -> None:
 def train(args: argparse.Namespace) -> None:
     """One of the three, in its own folder."""
     os.chdir(args.way)
-    experiment = config.load(ROOT / "params.yaml")
+    experiment = config.load_experiment(ROOT / "params.yaml")
     name = experiment.run(args.run).recipe
     short = experiment.recipes[name].model_copy(update={"epochs": args.epochs, "warmup_epochs": 1})
     steps = args.steps if args.way == CHECKPOINTS else None
@@ -81,35 +86,37 @@ def train(args: argparse.Namespace) -> None:
     if args.way == PLAIN:
         plain(experiment, args.run, timed)
         return
-    from pipeline import train
+    from pipeline.training import trainer
 
-    def work(task: worker.Task) -> Any:
-        data.train_batches = timed(data.train_batches)
-        return worker.work(task)
+    def work(task: worker.WorkerTask) -> Any:
+        batching.train_batches = timed(batching.train_batches)
+        return worker.train_loop_per_worker(task)
 
-    train.work = work
-    train.train(experiment, args.run)
+    trainer.train_loop_per_worker = work
+    trainer.train_run(experiment, args.run)
 
 
 def plain(experiment: config.Experiment, run_name: str, timed: Callable[[Any], Any]) -> None:
     """The loop over the batches that a worker would have, and nothing else."""
     torch.set_num_threads(experiment.train.cpus_per_worker)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shards, recipe_ = data.Shards(experiment.data.shards), experiment.recipe(run_name)
-    images = {split: data.IndexedImages(shards, split) for split in ("train", "val")}
-    model = recipe.model(experiment.run(run_name), recipe_, num_classes=shards.num_classes, seed=0).to(device)
+    shards, recipe_ = manifests.Shards(experiment.data.shards), experiment.recipe(run_name)
+    images = {split: datasets.IndexedImages(shards, split) for split in ("train", "val")}
+    model = recipe.build_model(experiment.run(run_name), recipe_, num_classes=shards.num_classes, seed=0).to(device)
     amp = experiment.train.amp if recipe_.mixed_precision else "off"
-    train_batches = timed(data.train_batches)
+    train_batches = timed(batching.train_batches)
     loop.fit(
-        loop.Training.start(
-            model, recipe_, amp=amp,
-            steps_per_epoch=data.steps_per_epoch(len(images["train"]), recipe_.global_batch_size),
+        loop.TrainState.create(
+            model,
+            recipe_,
+            amp=amp,
+            steps_per_epoch=batching.steps_per_epoch(len(images["train"]), recipe_.global_batch_size),
         ),
         recipe_,
         train_batches=lambda epoch, start_step: train_batches(
             images["train"], recipe_, experiment.data, seed=0, epoch=epoch, start_step=start_step, device=device
         ),
-        val_batches=lambda: data.val_batches(
+        val_batches=lambda: batching.val_batches(
             images["val"], recipe_, experiment.data, batch_size=recipe_.global_batch_size, device=device
         ),
         on_epoch=lambda training: None,
@@ -123,10 +130,10 @@ def taking_turns(way: str, place: str, *, steps: int, epochs: int) -> Callable[[
     """Makes `train_batches` wait for this training's turns of so many steps, and note how long each took."""
     following, poll_s = dict(zip(WAYS, WAYS[1:] + WAYS[:1], strict=True))[way], POLL_S
     noted, turn = Path(place, way, "seconds"), Path(place, "turn")
-    done, took = 0, 0.0  # steps in all, and seconds of this turn
+    done, took = 0, 0.0  # total steps, and seconds of this turn
 
-    def wrap(train_batches: Callable[..., Iterator[data.Batch]]) -> Callable[..., Iterator[data.Batch]]:
-        def in_turn(*args: Any, **kwargs: Any) -> Iterator[data.Batch]:
+    def wrap(train_batches: Callable[..., Iterator[batching.Batch]]) -> Callable[..., Iterator[batching.Batch]]:
+        def in_turn(*args: Any, **kwargs: Any) -> Iterator[batching.Batch]:
             nonlocal done, took
             if not done:
                 Path(place, way, "startup").write_text(f"{time.time()}")
@@ -186,33 +193,37 @@ def rays_own_cpu_s(trainings: list[subprocess.Popen]) -> dict[int, float]:
         try:
             if process.pid != trainings[0].pid and "RayTrainWorker" not in " ".join(process.cmdline()):
                 found[process.pid] = sum(process.cpu_times()[:2])
-        except psutil.Error:  # it has just ended
+        except psutil.Error:  # the process has just ended
             continue
     return found
 
 
 def show(args: argparse.Namespace, started: float, share: float) -> None:
-    experiment = config.load(ROOT / "params.yaml")
+    experiment = config.load_experiment(ROOT / "params.yaml")
     images = args.steps * experiment.recipe(args.run).global_batch_size
     turns = min(len(seconds(way)) for way in WAYS)
     took = {way: seconds(way)[UNCOUNTED:turns] for way in WAYS}
     for way in WAYS:
-        print(f"{way:12} {images / statistics.median(took[way]):8.0f} images/s, "
-              f"first batch after {float(Path(way, 'startup').read_text()) - started:.0f} s")
+        print(
+            f"{way:12} {images / statistics.median(took[way]):8.0f} images/s, "
+            f"first batch after {float(Path(way, 'startup').read_text()) - started:.0f} s"
+        )
     for way, against in ((RAY, PLAIN), (CHECKPOINTS, RAY)):
-        ratios = [theirs / mine for mine, theirs in zip(took[way], took[against], strict=True)]
+        ratios = [theirs / rank_args for rank_args, theirs in zip(took[way], took[against], strict=True)]
         low, middle, high = (100 * (ratio - 1) for ratio in statistics.quantiles(ratios, n=4, method="inclusive"))
         all_of = 100 * (sum(took[against]) / sum(took[way]) - 1)
-        print(f"{way} against {against}: {middle:+.1f} % (median of {len(ratios)} pairs of turns; quartiles {low:+.1f} "
-              f"and {high:+.1f}; all turns together {all_of:+.1f})")
+        print(
+            f"{way} against {against}: {middle:+.1f} % (median of {len(ratios)} pairs of turns; quartiles {low:+.1f} "
+            f"and {high:+.1f}; all turns together {all_of:+.1f})"
+        )
     print(f"Ray's own processes and the driver, of one training: {100 * share:.0f} % of a core")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="vit", help="of params.yaml, on the digits")
+    parser.add_argument("--run", default="vit", help="run of params.yaml")
     parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--steps", type=int, default=100, help="of a turn, and between checkpoints")
+    parser.add_argument("--steps", type=int, default=100, help="steps per turn, and between checkpoints")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 

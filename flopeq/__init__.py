@@ -3,17 +3,18 @@
 import os
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036  used from a folder, nothing else has checked
+if sys.version_info < (3, 11):  # noqa: UP036  without an installation, nothing else checks it
     raise ImportError(f"flopeq needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
-# A shell that completes a command line wants names, and does not wait for torch.
+# Shell completion needs only the names of models and commands, so it skips the import of torch.
 if "_FLOPEQ_COMPLETE" not in os.environ:
-    from flopeq import convnext, resmlp, testing, vit
-    from flopeq.convert import convert_authors_state_dict
-    from flopeq.malloc import expect_large_blocks, keep_freed_memory
-    from flopeq.paper import Table1Row, table1
+    from flopeq import testing
+    from flopeq.backends.malloc import keep_freed_memory, raise_trim_threshold
+    from flopeq.hub.convert import convert_authors_state_dict
+    from flopeq.measure.paper import Table1Row, table1
+    from flopeq.models import convnext, resmlp, vit
 
-    expect_large_blocks()
+    raise_trim_threshold()
 
 __all__ = [
     "Table1Row", "convert_authors_state_dict", "convnext", "keep_freed_memory", "resmlp", "table1", "testing", "vit",

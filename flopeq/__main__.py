@@ -1,6 +1,6 @@
-"""`python -m flopeq` is the command `flopeq`."""
+"""Runs the command `flopeq` as `python -m flopeq`."""
 
-from flopeq.cli import main
+from flopeq.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The models of the study: the paper's names, families, sizes and variants, by the names in timm's registry."""
+"""The models of the study: paper name, family, size and variant of each name in timm's registry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model name stands for. `variant` is X (baseline), E (equivariant) or H (hybrid)."""
+    """A model of the study. `variant` is X (baseline), E (equivariant) or H (hybrid)."""
 
     model: str
     paper_name: str
@@ -40,5 +40,5 @@ MODELS: dict[str, ModelInfo] = {
 
 
 def describe(model: str) -> ModelInfo | None:
-    """What a model name stands for, or None for a model outside the study."""
+    """The model of the study with this name, or None for a model outside the study."""
     return MODELS.get(model)

@@ -1,4 +1,4 @@
-"""Does a model commute with the flop? Measured on its logits and on the features of every block."""
+"""Checks that a model commutes with the flop, by its logits and by the features of every block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def equivariance_error(model: nn.Module, images: Tensor) -> float:
     """max |f(flop x) - f(x)| / max |f(x)| for the logits f: zero, to rounding, for an invariant classifier.
 
-    The model is asked as it is: put it in eval mode first. `images` (B, C, H, W) decides dtype and device.
+    The function does not change the mode of the model: call `model.eval()` first. `images` is (B, C, H, W), with the
+    dtype and device of the model.
     """
     return relative_error(model(images.flip(-1)), model(images))
 

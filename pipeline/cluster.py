@@ -1,4 +1,4 @@
-"""Ray clusters: attaching to the one that RAY_ADDRESS names, or one of our own on this machine."""
+"""Ray clusters: connects to the cluster of RAY_ADDRESS, or starts a local one."""
 
 from __future__ import annotations
 
@@ -12,71 +12,75 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from pipeline.config import Train
+from pipeline.base.schema import Train
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+ItemT = TypeVar("ItemT")
+
+ResultT = TypeVar("ResultT")
 
 PROBE_S = 5.0
-_TASKS_PER_CPU = 2  # in flight: one runs, the next one waits with its arguments there
-_OBJECT_STORE_BYTES = 200_000_000  # nothing large goes through it: images are read from the shards
 
-# Read by Ray's processes and by the driver; a value that the user has set stays.
-_DEFAULTS = {
+_MAX_TASKS_PER_CPU = 2  # in flight: one runs, the next is queued with its arguments in place
+
+_OBJECT_STORE_BYTES = 200_000_000  # small, because images are read from the shards
+
+# Read by Ray's processes and by the driver. Values that the user has set take precedence.
+RAY_ENV_DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # start-up of a run 24 s -> 18 s on 2 cores
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU: as Ray will have it, without its warning
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU: Ray's future default, without warning
 }
-# Of the workers of a cluster of our own, whose cores are all busy: on 2 of these, 2 threads that spin reach 51 to 414
-# images/s, threads that sleep 550 to 850. Where cores are idle and throughput is measured, sleeping costs half of it.
-_SLEEPING = ("OMP_WAIT_POLICY", "PASSIVE")
+
+# For workers of a local cluster, where all cores are busy. On 2 busy cores, 2 spinning threads reach 51 to 414
+# images/s, sleeping threads 550 to 850. On idle cores, where throughput is measured, sleeping halves it.
+_OMP_PASSIVE = ("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class ClusterError(RuntimeError):
-    """The Ray cluster is not there or has too little; the message says what to do."""
+    """The Ray cluster does not answer or is too small. The message says what to do."""
 
 
 def connect(cpus: int = 1) -> None:
-    """Attaches this process to the cluster of RAY_ADDRESS, or else starts one that ends with this process.
+    """Connects this process to the cluster of RAY_ADDRESS, or starts a local one that ends with this process.
 
     Args:
-        cpus: cores that a cluster of our own must offer at least.
+        cpus: minimum number of cores of a local cluster.
     Raises: ClusterError within 15 s when RAY_ADDRESS does not answer.
     """
-    os.environ.update({**_DEFAULTS, **os.environ})
+    os.environ.update({**RAY_ENV_DEFAULTS, **os.environ})
     address = os.environ.get("RAY_ADDRESS", "local")
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
     if address == "local":
-        _start(cpus)
+        _start_local_cluster(cpus)
         return
-    probe(address)
+    check_address(address)
     import ray
 
     ray.init(log_to_driver=False, logging_level=logging.WARNING)
 
 
 @contextmanager
-def local(cpus: int = 1) -> Iterator[None]:
-    """One local cluster for everything started inside, by way of RAY_ADDRESS, unless that names one already."""
+def local_cluster(cpus: int = 1) -> Iterator[None]:
+    """Sets RAY_ADDRESS to a new local cluster within the context, unless RAY_ADDRESS is already set."""
     if address := os.environ.get("RAY_ADDRESS"):
-        probe(address)
+        check_address(address)
         yield
         return
-    before = dict(os.environ)
-    os.environ.update({**_DEFAULTS, **os.environ})
+    environment = dict(os.environ)
+    os.environ.update({**RAY_ENV_DEFAULTS, **os.environ})
     try:
-        os.environ["RAY_ADDRESS"] = _start(cpus)
+        os.environ["RAY_ADDRESS"] = _start_local_cluster(cpus)
         yield
     finally:
         sys.modules["ray"].shutdown()
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(environment)
 
 
-def room(settings: Train) -> int:
-    """Trainings with all their workers, each whole on a node, that the cluster could hold at once if it were empty."""
+def max_concurrent_runs(settings: Train) -> int:
+    """Number of runs, with all their workers, that the empty cluster could train at once. A worker needs one node."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -86,13 +90,11 @@ def room(settings: Train) -> int:
     return workers // settings.most_workers
 
 
-def parallel(
-    function: Callable[[Item], Result], items: Iterable[Item], *, in_process: bool
-) -> Iterator[Result]:
-    """`function` of every item, in the order in which they end: Ray tasks of one core each, or one after another here.
+def run_tasks(function: Callable[[ItemT], ResultT], items: Iterable[ItemT], *, in_process: bool) -> Iterator[ResultT]:
+    """Yields `function(item)` of every item in the order of completion, from Ray tasks of one core each or in process.
 
-    A task whose worker or node dies is started again by Ray, so `function` must bear that. What it raises is
-    raised here, and then, as when the iteration is left early, what is still under way is cancelled.
+    Ray restarts a task whose worker or node dies, so `function` must be safe to run again. Its errors are raised here.
+    After an error, or if the caller stops iterating, the running tasks are cancelled.
     Raises: ClusterError if the cluster does not answer.
     """
     if in_process:
@@ -103,20 +105,20 @@ def parallel(
     from ray.exceptions import RayTaskError
 
     @ray.remote
-    def task(item: Any) -> Result:  # as a partial, which `function` may be, is no function for Ray
+    def task(item: Any) -> ResultT:  # `function` may be a partial, which Ray does not accept
         return function(item)
 
-    at_most = _TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    left, running = iter(items), []
+    max_in_flight = _MAX_TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    remaining, running = iter(items), []
     try:
         while True:
-            running += [task.remote(item) for item in itertools.islice(left, at_most - len(running))]
+            running += [task.remote(item) for item in itertools.islice(remaining, max_in_flight - len(running))]
             if not running:
                 return
-            ended, running = ray.wait(running)
+            finished, running = ray.wait(running)
             try:
-                (result,) = ray.get(ended)
-            except RayTaskError as error:  # Ray's own class hides whose error it is
+                (result,) = ray.get(finished)
+            except RayTaskError as error:  # Ray's own class hides the type of the error
                 raise error.cause from None
             yield result
     finally:
@@ -124,34 +126,34 @@ def parallel(
             ray.cancel(reference)
 
 
-def _start(cpus: int) -> str:
-    """Starts a head for this process and its children; it ends with this process, however that ends."""
-    # Ray listens on every interface, even told 127.0.0.1: only who inherits this token is let in. Ray reads the
-    # mode once, when it is imported; a process that has it already keeps the mode it was imported with.
+def _start_local_cluster(cpus: int) -> str:
+    """Starts a head node for this process and its children. It always ends with this process. Returns its address."""
+    # Ray listens on every interface, even with 127.0.0.1, so clients need this token, which child processes inherit.
+    # Ray reads the mode once, on import: a process that has already imported Ray keeps that mode.
     if "ray" in sys.modules:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     else:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    name, value = _SLEEPING
-    if is_ours := name not in os.environ:
+    name, value = _OMP_PASSIVE
+    if set_here := name not in os.environ:
         os.environ[name] = value
     ray.init(
         address="local",
         num_cpus=max(cpus, os.cpu_count() or 1),
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
-        log_to_driver=False,  # the driver tells what there is to tell; the rest is in Ray's own log files
+        log_to_driver=False,  # the driver logs what matters; the rest is in Ray's own log files
         logging_level=logging.WARNING,
     )
-    if is_ours:
+    if set_here:
         del os.environ[name]
     return ray.get_runtime_context().gcs_address
 
 
-def probe(address: str) -> None:
-    """Asks whether anything listens there: `ray.init` itself would wait for a quarter of an hour."""
+def check_address(address: str) -> None:
+    """Checks that the address answers: `ray.init` itself would wait for 15 minutes. Raises: ClusterError."""
     if address in ("auto", "local"):
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -160,6 +162,5 @@ def probe(address: str) -> None:
             return
     except (OSError, ValueError, OverflowError) as error:
         raise ClusterError(
-            f"RAY_ADDRESS={address} does not answer: {error}; "
-            "start that cluster, or unset RAY_ADDRESS for a local one"
+            f"RAY_ADDRESS={address} does not answer: {error}; start that cluster, or unset RAY_ADDRESS for a local one"
         ) from None

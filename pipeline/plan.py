@@ -1,4 +1,4 @@
-"""What an experiment would take: steps, FLOPs, GPU-hours, memory and disk of every run, with nothing started."""
+"""Estimates steps, FLOPs, GPU-hours, memory and disk of every run of an experiment, without starting anything."""
 
 from __future__ import annotations
 
@@ -7,82 +7,87 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import flopeq
-from flopeq.build import build
-from flopeq.flops import complexity
-from pipeline.config import ConfigError, Experiment
+from flopeq.measure.flops import complexity
+from flopeq.models.build import build
+from pipeline.base.config import Experiment
+from pipeline.base.errors import ConfigError
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
-STEP_OVER_FORWARD = 3
-"""A training step computes a forward pass and, at twice its cost, a backward pass."""
+
+TRAIN_STEP_COST = 3
+"""Cost of a training step in forward passes: a forward pass, and a backward pass at twice its cost."""
+
 _FLOAT_BYTES = 4
+
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One run, before it starts."""
+class RunEstimate:
+    """The estimate of one run."""
 
     run: str
     model: str
     epochs: int
     steps: int
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     images_per_worker: int
-    """Share of each worker in a global batch."""
+    """Images per worker in a global batch."""
     params_m: float
     """Parameters, in millions."""
     gflops: float
     """FLOPs of one image's forward pass, in 10^9."""
     gpu_hours: float | None
-    """Of one GPU, or of all together; None where no throughput is known."""
+    """Sum over all GPUs; None if the throughput is unknown."""
     state_gib: float
-    """Memory of weights, gradients, optimizer and average on each GPU; activations come on top."""
+    """Memory of weights, gradients, optimizer and moving average on each GPU, without activations."""
     disk_gib: float
-    """Checkpoints that are kept, and the final weights."""
+    """Kept checkpoints and the final weights."""
 
 
-def plan(experiment: Experiment, *, img_per_s: float | None = None) -> Iterator[Plan]:
-    """The plan of every run, in turn: the large models take seconds to count.
+def estimate_runs(experiment: Experiment, *, img_per_s: float | None = None) -> Iterator[RunEstimate]:
+    """Yields the estimate of every run. Counting the FLOPs of a large model takes seconds.
 
     Args:
-        img_per_s: training throughput of one GPU; None: a third of the forward throughput on an A100 that the paper's
-            Table 1 gives for the run's model, which leaves out all but arithmetic.
-    Raises: ConfigError where the number of training images is not known.
+        img_per_s: training throughput of one GPU; None: a third of the model's forward throughput on an A100 in the
+            paper's Table 1, which counts arithmetic only.
+    Raises: ConfigError if the number of training images is not known.
     """
-    num_images, num_classes = _data(experiment)
+    num_images, num_classes = _dataset_size(experiment)
     size = (3, experiment.data.image_size, experiment.data.image_size)
-    forward = {(row.model, row.params_m): row.throughput_a100_im_s for row in flopeq.table1()}
+    paper_throughput = {(row.model, row.params_m): row.throughput_a100_im_s for row in flopeq.table1()}
     for name, run in experiment.models.items():
-        tuned = experiment.sweeps.tuned.get(run.recipe)  # costs what its base costs
+        tuned = experiment.sweeps.tuned.get(run.recipe)  # costs as much as its base
         recipe = experiment.recipes[tuned.base] if tuned else experiment.recipe(name)
-        counted = complexity(build(run.model, device="meta", num_classes=num_classes, **run.args), size)
+        counts = complexity(build(run.model, device="meta", num_classes=num_classes, **run.args), size)
         steps = recipe.epochs * (num_images // recipe.global_batch_size)
-        paper = forward.get((run.model, round(counted.params / 1e6, 1)), 0)  # arguments may have made another size
-        rate = img_per_s or paper / STEP_OVER_FORWARD
-        averages = recipe.ema_decay is not None
-        weights_gib = counted.params * _FLOAT_BYTES / _GIB
-        kept = experiment.train.keep_checkpoints + 1  # and the best
-        yield Plan(
+        paper = paper_throughput.get((run.model, round(counts.params / 1e6, 1)), 0)  # arguments may change the size
+        train_img_per_s = img_per_s or paper / TRAIN_STEP_COST
+        has_ema = recipe.ema_decay is not None
+        weights_gib = counts.params * _FLOAT_BYTES / _GIB
+        num_checkpoints = experiment.train.keep_checkpoints + 1  # and the best weights
+        yield RunEstimate(
             run=name,
             model=run.model,
             epochs=recipe.epochs,
             steps=steps,
             images_per_worker=recipe.global_batch_size // experiment.train.most_workers,
-            params_m=counted.params / 1e6,
-            gflops=counted.flops / 1e9,
-            gpu_hours=steps * recipe.global_batch_size / rate / 3600 if rate else None,
-            state_gib=weights_gib * (4 + averages),  # weight, gradient, two moments
-            disk_gib=weights_gib * (kept * (4 + averages) + 1),  # a checkpoint: model, two moments, best weights
+            params_m=counts.params / 1e6,
+            gflops=counts.flops / 1e9,
+            gpu_hours=steps * recipe.global_batch_size / train_img_per_s / 3600 if train_img_per_s else None,
+            state_gib=weights_gib * (4 + has_ema),  # weight, gradient, two moments
+            disk_gib=weights_gib
+            * (num_checkpoints * (4 + has_ema) + 1),  # a checkpoint: model, two moments, best weights
         )
 
 
-def _data(experiment: Experiment) -> tuple[int, int]:
-    """Training images and classes: of the shards where they are written, of ImageNet where its labels are asked for."""
+def _dataset_size(experiment: Experiment) -> tuple[int, int]:
+    """Returns the numbers of training images and classes, from the shards if they exist, or else of ImageNet."""
     manifest = experiment.data.shards / "manifest.json"
     if manifest.is_file():
         content = json.loads(manifest.read_text())
         return content["counts"]["train"], len(content["classes"])
     if experiment.data.labels == "imagenet":
         return IMAGENET, 1000
-    raise ConfigError(f"{manifest} not found, so the number of images is not known: run `dvc repro shard` first")
+    raise ConfigError(f"{manifest} not found, so the number of images is unknown: run `dvc repro shard` first")

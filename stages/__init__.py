@@ -1,4 +1,4 @@
-"""What DVC calls: a stage reads the parameters, makes one call into pipeline or flopeq, writes its outs."""
+"""The stages that DVC runs. A stage reads the parameters, makes one call into pipeline or flopeq, writes its outs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 
 
-def main(stage: Callable[..., object]) -> None:
-    """The edge of a stage: `if __name__ == "__main__": main(run)` calls run with the command line's words.
+def run_stage(stage: Callable[..., object]) -> None:
+    """Runs a stage: `if __name__ == "__main__": run_stage(run)` calls `run` with the command-line arguments.
 
-    An error that pipeline or flopeq defines (ConfigError, ShardError, ClusterError) is a message for people:
-    it goes to stderr without a traceback, and the exit status is 2. Anything else is a bug and shows itself.
+    An error that pipeline or flopeq defines (ConfigError, ShardError, ClusterError) is a message for the user: it goes
+    to stderr without a traceback, and the exit status is 2. Any other error is a bug and has its traceback.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `stages.repro` has DVC, and so its stages, ignore it
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,45 +1,49 @@
-"""Checks params.yaml and what it names before anything long starts: data, cluster, models, arguments."""
+"""Checks params.yaml before anything long starts: data, cluster, models, arguments."""
 
 from __future__ import annotations
 
 import os
 
-from pipeline import cluster, config
-from pipeline.config import ConfigError
-from stages import main, prepare
+from pipeline import cluster
+from pipeline.base import config
+from pipeline.base.errors import ConfigError
+from pipeline.packing.sources import digits
+from stages import run_stage
 
 
 def run() -> None:
-    """Raises ConfigError, SourceError or ClusterError on the first mistake, and is silent when there is none."""
-    experiment = config.load()
-    if experiment.data.name != prepare.DIGITS:  # those, the prepare stage writes
-        prepare.ensure(experiment.data)
+    """Raises: ConfigError, SourceError or ClusterError on the first mistake."""
+    experiment = config.load_experiment()
+    if experiment.data.name != digits.DIGITS_NAME:  # the prepare stage writes the digits
+        digits.open_source(experiment.data)
     if address := os.environ.get("RAY_ADDRESS"):
-        cluster.probe(address)
+        cluster.check_address(address)
 
-    from flopeq.build import ModelError
-    from pipeline import execution, further, hybrids, recipe, space
+    from flopeq.models.build import ModelError
+    from pipeline.evaluation import validation_sets
+    from pipeline.sweeps import search_space
+    from pipeline.training import device_settings, recipe
 
-    further.check(experiment.data)
-    found = {name: run for name, run in experiment.models.items() if run.recipe in experiment.recipes}
-    for name, run in found.items():  # the others' recipes, a sweep has yet to find
+    validation_sets.check_further_sets(experiment.data)
+    known_runs = {name: run for name, run in experiment.models.items() if run.recipe in experiment.recipes}
+    for name, run in known_runs.items():  # a sweep has yet to find the other recipes
         try:
-            model = recipe.model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
-            execution.arrange(model, experiment.train)
+            model = recipe.build_model(run, experiment.recipe(name), num_classes=10, seed=0, device="meta")
+            device_settings.apply_model_settings(model, experiment.train)
         except ModelError as error:
             raise ConfigError(f"params.yaml: models.{name}: {error}") from None
-    for name in sorted({run.recipe for run in found.values()}):
+    for name in sorted({run.recipe for run in known_runs.values()}):
         try:
-            recipe.check(experiment.recipes[name], experiment.data, experiment.train)
+            recipe.check_recipe(experiment.recipes[name], experiment.data, experiment.train)
         except ConfigError as error:
             raise ConfigError(f"params.yaml: recipes.{name}: {error}") from None
     try:
-        space.check(experiment)
+        search_space.check_search_space(experiment)
         for name in experiment.sweeps.hybrid.runs:
-            hybrids.splits_of(experiment, name)
+            search_space.splits_to_try(experiment, name)
     except ConfigError as error:
         raise ConfigError(f"params.yaml: {error}") from None
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

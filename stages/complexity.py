@@ -6,19 +6,19 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline import config
-from stages import main
+from pipeline.base import config
+from stages import run_stage
 
 OUT = Path("reports/complexity.json")
 
 
 def run() -> None:
-    from flopeq.build import build
-    from flopeq.flops import complexity
+    from flopeq.measure.flops import complexity
+    from flopeq.models.build import build
     from pipeline import track
-    from pipeline.data import Shards
+    from pipeline.shards.manifests import Shards
 
-    experiment = config.load()
+    experiment = config.load_experiment()
     size = (3, experiment.data.image_size, experiment.data.image_size)
     num_classes = Shards(experiment.data.shards).num_classes
     rows = []
@@ -26,8 +26,8 @@ def run() -> None:
         model = build(described.model, device="meta", num_classes=num_classes, **described.args)
         counted = complexity(model, size)
         rows.append({"run": name, "model": described.model, **asdict(counted)})
-        track.log_final(
-            track.run_id(name),
+        track.log_results(
+            track.find_run_id(name),
             {"complexity/params_m": counted.params / 1e6, "complexity/gflops": counted.flops / 1e9},
         )
     OUT.parent.mkdir(exist_ok=True)
@@ -35,4 +35,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

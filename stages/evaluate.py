@@ -1,22 +1,23 @@
-"""Measures one trained run on the validation split: `python -m stages.evaluate <run>`."""
+"""Evaluates one trained run on the validation split: `python -m stages.evaluate <run>`."""
 
 from __future__ import annotations
 
 import logging
 
-from pipeline import config
-from stages import main
+from pipeline.base import config
+from stages import run_stage
 
 
 def run(run_name: str) -> None:
-    experiment = config.load()
+    experiment = config.load_experiment()
     experiment.run(run_name)
-    from pipeline import evaluate, verify
+    from pipeline.evaluation import evaluate
+    from pipeline.shards import verify
 
     verify.verify_changed(experiment.data.shards)
-    metrics = evaluate.evaluate(experiment, run_name)
+    metrics = evaluate.evaluate_run(experiment, run_name)
     logging.info("%s  %s", run_name, "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

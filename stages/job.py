@@ -1,8 +1,8 @@
 """Runs a stage in a folder that outlives the job: `python -m stages.job <folder> <stage> [words ...]`.
 
-The working directory of a Ray job is a copy of the code, which Ray throws away. The folder, on a disk that all nodes
-have under the same path, takes that code and keeps what stages leave beside it: data, outputs, reports, dvc.lock,
-mlflow.db. The next job with that folder goes on from there.
+The working directory of a Ray job is a temporary copy of the code. This stage copies the code into the folder, which
+must be on a disk that all nodes mount at the same path, and runs there. The folder keeps the results: data, outputs,
+reports, dvc.lock, mlflow.db. The next job with the same folder continues from them.
 """
 
 from __future__ import annotations
@@ -14,50 +14,50 @@ import shutil
 import sys
 from pathlib import Path
 
-from pipeline.config import ConfigError
-from stages import main
+from pipeline.base.errors import ConfigError
+from stages import run_stage
 
 CODE = ("flopeq", "pipeline", "presets", "stages", "dvc.yaml", "params.yaml")
-"""What a stage is a function of; Ray uploads no more than git and .rayignore let it."""
+"""The code that stages need. Ray uploads only what git and .rayignore allow."""
 
 
 def run(folder: str, stage: str, *words: str) -> None:
-    """Ends with the stage's status. Raises: ConfigError for an unknown stage, or while another job is in the folder."""
+    """Exits with the stage's status. Raises: ConfigError for an unknown stage, or while another job runs there."""
     if importlib.util.find_spec(f"stages.{stage}") is None:
         known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
         raise ConfigError(f"no stage named {stage!r}; known: {', '.join(known)}")
-    place = Path(folder).absolute()
-    place.mkdir(parents=True, exist_ok=True)
-    lock = _alone_in(place)
-    if place != Path.cwd():
-        lay_out(Path.cwd(), place)
-    os.set_inheritable(lock, True)  # the stage keeps it
+    target = Path(folder).absolute()
+    target.mkdir(parents=True, exist_ok=True)
+    lock = _lock_folder(target)
+    if target != Path.cwd():
+        copy_code(Path.cwd(), target)
+    os.set_inheritable(lock, True)  # the stage inherits the lock
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # DVC calls `python`
-    os.chdir(place)
+    os.chdir(target)
     os.execv(sys.executable, [sys.executable, "-m", f"stages.{stage}", *words])
 
 
-def lay_out(code: Path, place: Path) -> None:
-    """Puts the code into a folder, in place of the code there. DVC is told that git does not know that folder."""
+def copy_code(code: Path, target: Path) -> None:
+    """Copies the code into a folder, replacing the code there, and configures DVC to work there without git."""
     for name in CODE:
         if (code / name).is_dir():
-            shutil.rmtree(place / name, ignore_errors=True)
-            shutil.copytree(code / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.rmtree(target / name, ignore_errors=True)
+            shutil.copytree(code / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(code / name, place / name)
-    settings = place / ".dvc" / "config"
+            shutil.copy(code / name, target / name)
+    settings = target / ".dvc" / "config"
     settings.parent.mkdir(exist_ok=True)
     settings.write_text("[core]\n    analytics = false\n    check_update = false\n    no_scm = true\n")
 
 
-def _alone_in(place: Path) -> int:
-    lock = os.open(place / ".job", os.O_CREAT | os.O_RDWR)
+def _lock_folder(target: Path) -> int:
+    lock = os.open(target / ".job", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"another job is at work in {place}: wait for it, or name another folder") from None
+        raise ConfigError(f"another job is running in {target}: wait for it, or use another folder") from None
     return lock
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

@@ -1,4 +1,4 @@
-"""Stage `report`: the comparison of all runs, written to reports/; `make repro` prints it at its end."""
+"""Stage `report`: writes the comparison of all runs to reports/. `make repro` prints it at the end."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from stages import main
+from stages import run_stage
 
 if TYPE_CHECKING:
-    from pipeline.table import Table
+    from pipeline.reporting.table import Table
 
-_PADDING = 2  # what rich puts around a cell
+
+_PADDING = 2  # rich's padding of a cell
 
 
 def run() -> None:
-    from pipeline import config, page, report, track
+    from pipeline import track
+    from pipeline.base import config
+    from pipeline.reporting import page, run_results
 
-    experiment = config.load()
-    results = report.collect(experiment)
-    runs_url, run_urls = track.urls(experiment, [r.mlflow_run_id for r in results if r.mlflow_run_id])
-    page.write(experiment, results, runs_url=runs_url, run_urls=run_urls)
+    experiment = config.load_experiment()
+    results = run_results.load_results(experiment)
+    runs_url, run_urls = track.ui_urls(experiment, [r.mlflow_run_id for r in results if r.mlflow_run_id])
+    page.write_report(experiment, results, runs_url=runs_url, run_urls=run_urls)
     for result in results:
         if result.mlflow_run_id in run_urls:
-            track.present(result.mlflow_run_id, page.card_of(result), result.numbers())
+            track.publish_report(result.mlflow_run_id, page.card_path(result), result.all_metrics())
     logging.info("the comparison is in reports/index.html")
 
 
-def show(run_names: Collection[str] = ()) -> None:
-    """Prints the comparison of all runs and where the page lies; or of those named, which the page need not have yet.
+def print_report(run_names: Collection[str] = ()) -> None:
+    """Prints the comparison of all runs and the path of the page; or only the comparison of the given runs.
 
-    The table comes in as many parts as the terminal's width asks for.
+    The table is split into parts that fit the terminal's width.
     """
     from pathlib import Path
 
@@ -38,12 +41,13 @@ def show(run_names: Collection[str] = ()) -> None:
     from rich.console import Console
     from rich.table import Table as Grid
 
-    from pipeline import config, report
-    from pipeline import table as tables
+    from pipeline.base import config
+    from pipeline.reporting import run_results
+    from pipeline.reporting import table as tables
 
-    results = report.collect(config.load())
-    table, console = tables.tabulate([r for r in results if not run_names or r.run in run_names]), Console()
-    for part in _parts(table, console.width):
+    results = run_results.load_results(config.load_experiment())
+    table, console = tables.build_table([r for r in results if not run_names or r.run in run_names]), Console()
+    for part in _split_columns(table, console.width):
         grid = Grid(box=rich.box.SIMPLE_HEAD, padding=(0, 1))
         for number in part:
             words = number < table.num_text_columns
@@ -57,7 +61,7 @@ def show(run_names: Collection[str] = ()) -> None:
         console.print(f"report: {Path('reports/index.html').resolve()}", soft_wrap=True, highlight=False)
 
 
-def _parts(table: Table, width: int) -> list[list[int]]:
+def _split_columns(table: Table, width: int) -> list[list[int]]:
     """The columns in groups no wider than `width`, each headed by the run's name."""
     widths = [
         _PADDING + max(len(word) for word in [*heading.split(), *(row[number] for row in table.texts)])
@@ -74,4 +78,4 @@ def _parts(table: Table, width: int) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

@@ -1,4 +1,4 @@
-"""Runs with other seeds, written into params.yaml: `python -m stages.seeds <run> <seed> ...`."""
+"""Adds runs with other seeds to params.yaml: `python -m stages.seeds <run> <seed> ...`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import config
-from pipeline.config import ConfigError
-from stages import main
+from pipeline.base import config
+from pipeline.base.errors import ConfigError
+from stages import run_stage
 
 PARAMS = Path("params.yaml")
-LINE = re.compile(r"^  \S+-seed\d+: \{.*\}\n", re.MULTILINE)
-"""What is written for a run."""
+
+SEED_RUN_LINE = re.compile(r"^  \S+-seed\d+: \{.*\}\n", re.MULTILINE)
+"""The line that `add_seeds` writes for a run."""
 
 
-def run(run_names: Sequence[str], wanted: Sequence[int]) -> list[str]:
-    """Names of the runs that are `run_names` with the wanted seeds: `<run>-seed<seed>`, or the run itself.
+def add_seeds(run_names: Sequence[str], new_seeds: Sequence[int]) -> list[str]:
+    """Adds runs with the given seeds. Returns their names: `<run>-seed<seed>`, or the run itself for its own seed.
 
-    Raises: ConfigError for no run, an unknown run, or a name that is taken.
+    Raises: ConfigError for no run, an unknown run, or a name that is already used.
     """
     if not run_names:
-        raise ConfigError("seeds are for runs: name them, as in `make repro RUNS=e-vit SEEDS='0 1 2'`")
-    experiment, found, lines = config.load(PARAMS), [], []
+        raise ConfigError("seeds need runs: name them, as in `make repro RUNS=e-vit SEEDS='0 1 2'`")
+    experiment, found, lines = config.load_experiment(PARAMS), [], []
     for name in run_names:
         base = experiment.run(name)
-        for seed in wanted:
+        for seed in new_seeds:
             if seed == experiment.seed_of(name):
                 found.append(name)
                 continue
@@ -43,19 +44,19 @@ def run(run_names: Sequence[str], wanted: Sequence[int]) -> list[str]:
     if lines:
         text = PARAMS.read_text()
         heading = re.search(r"^models:.*\n", text, re.MULTILINE)
-        assert heading is not None  # `config.load` has found it
+        assert heading is not None  # `load_experiment` has parsed it
         end = re.compile(r"^\S", re.MULTILINE).search(text, heading.end())
         at = len(text[: end.start() if end else len(text)].rstrip()) + 1
         PARAMS.write_text(text[:at] + "".join(lines) + text[at:])
-        config.load(PARAMS)
-        logging.info("%s has %d runs more", PARAMS, len(lines))
+        config.load_experiment(PARAMS)
+        logging.info("%s: added %d runs", PARAMS, len(lines))
     return found
 
 
-def without(text: str) -> str:
-    """A params.yaml without the runs that `run` has added."""
-    return LINE.sub("", text)
+def remove_seed_runs(text: str) -> str:
+    """Returns the text of a params.yaml without the runs that `add_seeds` added."""
+    return SEED_RUN_LINE.sub("", text)
 
 
 if __name__ == "__main__":
-    main(lambda name, *wanted: run([name], [int(seed) for seed in wanted]))
+    run_stage(lambda name, *new_seeds: add_seeds([name], [int(seed) for seed in new_seeds]))

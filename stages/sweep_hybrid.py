@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 
-from pipeline import config
-from stages import main
+from pipeline.base import config
+from stages import run_stage
 
 
 def run() -> None:
-    experiment = config.load()
+    experiment = config.load_experiment()
     settings = experiment.sweeps.hybrid
-    from pipeline import cluster, findings
+    from pipeline import cluster
+    from pipeline.sweeps import analysis
 
     cluster.connect(cpus=settings.cpus(experiment.train))
-    from pipeline import splits  # imports Ray, which `connect` wants to do first
+    from pipeline.sweeps import hybrid_sweep  # imports Ray, which `connect` must do first
 
-    for name, found in splits.sweep_hybrid(experiment).items():
-        logging.info("%s: %s", name, findings.split(found))
+    for name, found in hybrid_sweep.sweep_hybrid(experiment).items():
+        logging.info("%s: %s", name, analysis.describe_split_finding(found))
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

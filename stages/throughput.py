@@ -6,8 +6,8 @@ import json
 import logging
 from pathlib import Path
 
-from pipeline import config
-from stages import main
+from pipeline.base import config
+from stages import run_stage
 
 OUT = Path("reports/throughput.json")
 
@@ -15,29 +15,27 @@ OUT = Path("reports/throughput.json")
 def run() -> None:
     import torch
 
-    from flopeq.benchmark import throughput
-    from flopeq.build import build
-    from flopeq.malloc import keep_freed_memory
+    from flopeq.backends.malloc import keep_freed_memory
+    from flopeq.measure.throughput import throughput
+    from flopeq.models.build import build
     from pipeline import track
-    from pipeline.data import Shards
+    from pipeline.shards.manifests import Shards
 
-    experiment = config.load()
-    wanted, side = experiment.throughput, experiment.data.image_size
+    experiment = config.load_experiment()
+    settings, side = experiment.throughput, experiment.data.image_size
     num_classes = Shards(experiment.data.shards).num_classes
     on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
     if not on_gpu:
         keep_freed_memory()
-    models = {
-        name: build(run.model, num_classes=num_classes, **run.args) for name, run in experiment.models.items()
-    }
+    models = {name: build(run.model, num_classes=num_classes, **run.args) for name, run in experiment.models.items()}
     results = throughput(
         models,
         image_size=(3, side, side),
-        batch_size=wanted.batch_size,
-        warmup=wanted.warmup,
-        runs=wanted.runs,
-        dtype=getattr(torch, wanted.dtype),
-        compile=wanted.compile,
+        batch_size=settings.batch_size,
+        warmup=settings.warmup,
+        runs=settings.runs,
+        dtype=getattr(torch, settings.dtype),
+        compile=settings.compile,
         device="cuda" if on_gpu else "cpu",
     )
     rows = []
@@ -46,8 +44,8 @@ def run() -> None:
         kept = ("device", "dtype", "batch_size", "img_per_s", "peak_mem_mb", "compiled")
         rows.append(row | {key: getattr(result, key) for key in kept})
         logging.info("%s: %.0f images/s on %s", name, result.img_per_s, result.device)
-        track.log_final(
-            track.run_id(name),
+        track.log_results(
+            track.find_run_id(name),
             {"perf/forward_img_per_s": result.img_per_s, "perf/peak_mem_mb": result.peak_mem_mb},
         )
     OUT.parent.mkdir(exist_ok=True)
@@ -55,4 +53,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

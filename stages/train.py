@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from pipeline import config
-from stages import main
+from pipeline.base import config
+from stages import run_stage
 
 
 def run(run_name: str) -> None:
-    experiment = config.load()
+    experiment = config.load_experiment()
     experiment.run(run_name)
-    from pipeline import cluster, verify
+    from pipeline import cluster
+    from pipeline.shards import verify
 
     verify.verify_changed(experiment.data.shards)
     cluster.connect(cpus=experiment.train.least_workers * experiment.train.cpus_per_worker)
-    from pipeline import train  # imports Ray, which `connect` wants to do first
+    from pipeline.training import trainer  # imports Ray, which `connect` must do first
 
-    train.train(experiment, run_name)
+    trainer.train_run(experiment, run_name)
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

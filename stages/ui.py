@@ -1,18 +1,22 @@
-"""Says where the MLflow UI shows the runs side by side: `python -m stages.ui [PORT]`; `make ui` starts it there."""
+"""Prints the address of the runs in the MLflow UI: `python -m stages.ui [PORT]`; `make ui` starts it there."""
 
 from __future__ import annotations
 
-from pipeline import config
-from stages import main
+from pipeline.base import config
+from stages import run_stage
 
 
 def run(port: str = "5000") -> None:
     from pipeline import track
 
-    url, _ = track.urls(config.load(), [])
+    url, _ = track.ui_urls(config.load_experiment(), [])
     local = f"http://127.0.0.1:{port}"
-    print(f"the runs: {url.replace(track.UI, local)}" if url else f"nothing is tracked yet: {local} will be empty")
+    print(
+        f"the runs: {url.replace(track.LOCAL_UI_URL, local)}"
+        if url
+        else f"no runs are tracked yet: {local} will be empty"
+    )
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

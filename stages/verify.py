@@ -1,22 +1,22 @@
-"""`make verify`: compares every shard and index with its checksum, and lists what is missing or damaged."""
+"""`make verify`: compares every shard and index with its checksum, and lists missing or damaged ones."""
 
 from __future__ import annotations
 
 import logging
 
-from pipeline import config
-from stages import main
+from pipeline.base import config
+from stages import run_stage
 
 
 def run() -> None:
-    """Ends with status 2, and what to do, where a file is not as it was written."""
-    folder = config.load().data.shards
+    """Exits with status 2 and says what to do if a file does not match."""
+    folder = config.load_experiment().data.shards
 
-    from pipeline import verify
+    from pipeline.shards import verify
 
-    verify.verify(folder)
+    verify.verify_all(folder)
     logging.info("%s: every file is as it was written", folder)
 
 
 if __name__ == "__main__":
-    main(run)
+    run_stage(run)

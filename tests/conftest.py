@@ -1,4 +1,4 @@
-"""What every test shares: no network, no telemetry, few threads, small inputs."""
+"""What every test shares: no network, no telemetry, few threads, small inputs; clusters, ports, and a small study."""
 
 from __future__ import annotations
 
@@ -18,20 +18,67 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+import gc
 import ipaddress
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import torch
+import yaml
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 # The same examples every time, however slow the machine; `--hypothesis-profile default` looks for new ones.
 hypothesis.settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def params_with_runs(*run_names: str) -> dict[str, Any]:
+    """The experiment with these runs and no sweep."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["models"] = {name: run for name, run in params["models"].items() if name in run_names}
+    params["sweeps"]["recipe"] |= {"runs": [], "own_space": {}}
+    params["sweeps"] |= {"hybrid": {**params["sweeps"]["hybrid"], "runs": []}, "tuned": {}}
+    return params
+
+
+@contextmanager
+def ray_cluster(**head: object) -> Iterator[Cluster]:
+    """A cluster of one node, its `head`, to which this process is connected and those that it starts connect."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from pipeline.cluster import RAY_ENV_DEFAULTS, connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        for name, value in RAY_ENV_DEFAULTS.items():
+            patch.setenv(name, value)
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        connect()
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # sockets that Ray leaves open
+            del cluster
+            gc.collect()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(autouse=True)

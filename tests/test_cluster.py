@@ -13,14 +13,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import committed
 import pytest
 import yaml
-from ports import free_port
 
-from pipeline import cluster, config, track
-from pipeline.config import ConfigError
+from pipeline import cluster, track
+from pipeline.base import config, schema
+from pipeline.base.errors import ConfigError
 from stages import job, preset, seeds, train_all
+from tests.conftest import free_port, params_with_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,8 +51,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("stages/__init__.py").touch()
     Path("stages/train.py").write_text(TRAINING)
     monkeypatch.setattr(cluster, "connect", lambda cpus: None)
-    monkeypatch.setattr(cluster, "room", lambda settings: 2)
-    monkeypatch.setattr(track, "make_experiment", lambda name: None)
+    monkeypatch.setattr(cluster, "max_concurrent_runs", lambda settings: 2)
+    monkeypatch.setattr(track, "create_experiment", lambda name: None)
     return tmp_path
 
 
@@ -62,32 +62,38 @@ def overlaps(names: list[str]) -> int:
     return max(sum(began <= at < ended for began, ended in spans) for at, _ in spans)
 
 
-def test_runs_train_side_by_side_as_far_as_there_is_room(stand_in):
+def test_runs_train_in_parallel_up_to_the_capacity(stand_in):
     names = ["a", "b", "c", "d"]
-    assert train_all.train(names, config.load(ROOT / "params.yaml")) == dict.fromkeys(names, 0)
+    assert train_all.train_runs(names, config.load_experiment(ROOT / "params.yaml")) == dict.fromkeys(names, 0)
     assert overlaps(names) == 2
 
 
-def test_one_run_starts_where_the_cluster_seems_to_have_no_room(stand_in, monkeypatch):
-    monkeypatch.setattr(cluster, "room", lambda settings: 0)
+def test_one_run_starts_even_when_the_cluster_is_full(stand_in, monkeypatch):
+    monkeypatch.setattr(cluster, "max_concurrent_runs", lambda settings: 0)
     names = ["a", "b"]
-    assert train_all.train(names, config.load(ROOT / "params.yaml")) == dict.fromkeys(names, 0)
+    assert train_all.train_runs(names, config.load_experiment(ROOT / "params.yaml")) == dict.fromkeys(names, 0)
     assert overlaps(names) == 1
 
 
-def test_a_run_that_fails_leaves_the_others_be(stand_in):
-    assert train_all.train(["broken", "a", "b"], config.load(ROOT / "params.yaml")) == {"broken": 3, "a": 0, "b": 0}
+def test_a_failed_run_does_not_stop_the_others(stand_in):
+    assert train_all.train_runs(["broken", "a", "b"], config.load_experiment(ROOT / "params.yaml")) == {
+        "broken": 3,
+        "a": 0,
+        "b": 0,
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_that_run_and_starts_nothing_more(stand_in, number):
     program = f"""
 import sys
-from pipeline import cluster, config, track
+from pipeline import cluster, track
+from pipeline.base import config
 from stages import train_all
 
-cluster.connect, cluster.room, track.make_experiment = lambda cpus: None, lambda settings: 2, lambda name: None
-train_all.train(["long-a", "long-b", "c"], config.load({str(ROOT / "params.yaml")!r}))
+cluster.connect, cluster.max_concurrent_runs = lambda cpus: None, lambda settings: 2
+track.create_experiment = lambda name: None
+train_all.train_runs(["long-a", "long-b", "c"], config.load_experiment({str(ROOT / "params.yaml")!r}))
 """
     Path("program.py").write_text(program)
     # From elsewhere, so that its own `stages` is the true one and that of the trainings the stand-in.
@@ -118,12 +124,12 @@ def wait_for(happened, timeout_s: float) -> None:
         ([{"CPU": 64}, {"CPU": 8, "GPU": 1}], {"cpus_per_worker": 4, "gpu": False}, 18),
     ],
 )
-def test_room_is_counted_in_whole_workers(nodes, train, room, monkeypatch):
+def test_concurrent_runs_count_whole_workers(nodes, train, room, monkeypatch):
     import ray
 
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": node} for node in nodes])
     settings = yaml.safe_load((ROOT / "params.yaml").read_text())["train"]
-    assert cluster.room(config.Train.model_validate({**settings, **train})) == room
+    assert cluster.max_concurrent_runs(schema.Train.model_validate({**settings, **train})) == room
 
 
 @pytest.fixture
@@ -135,49 +141,49 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_seeds_are_runs_more_and_asked_for_again_the_same(experiment):
+def test_adding_seeds_twice_adds_runs_once(experiment):
     before = Path("params.yaml").read_text()
-    names = seeds.run(["e-vit", "vit"], [0, 1, 2])
+    names = seeds.add_seeds(["e-vit", "vit"], [0, 1, 2])
     assert names == ["e-vit", "e-vit-seed1", "e-vit-seed2", "vit", "vit-seed1", "vit-seed2"]
-    loaded = config.load()
+    loaded = config.load_experiment()
     for name in names:
         base = loaded.run(name.partition("-seed")[0])
         assert loaded.run(name).model_copy(update={"seed": None}) == base
     assert [loaded.seed_of(name) for name in names] == [0, 1, 2, 0, 1, 2]
     after = Path("params.yaml").read_text()
-    assert seeds.run(["e-vit", "vit"], [0, 1, 2]) == names and Path("params.yaml").read_text() == after
-    assert seeds.without(after) == before  # comments and all
+    assert seeds.add_seeds(["e-vit", "vit"], [0, 1, 2]) == names and Path("params.yaml").read_text() == after
+    assert seeds.remove_seed_runs(after) == before  # comments and all
 
 
 def test_seeds_of_no_run_or_under_a_taken_name_are_refused(experiment):
     with pytest.raises(ConfigError, match="RUNS=e-vit SEEDS="):
-        seeds.run([], [1])
+        seeds.add_seeds([], [1])
     with pytest.raises(ConfigError, match="no run named 'evit'"):
-        seeds.run(["evit"], [1])
-    seeds.run(["vit"], [1])
+        seeds.add_seeds(["evit"], [1])
+    seeds.add_seeds(["vit"], [1])
     Path("params.yaml").write_text(Path("params.yaml").read_text().replace("seed: 1}", "seed: 4}"))
     with pytest.raises(ConfigError, match="vit-seed1 is not vit with seed 1"):
-        seeds.run(["vit"], [1])
+        seeds.add_seeds(["vit"], [1])
 
 
 def test_a_preset_named_again_keeps_its_seeds(experiment):
     shutil.copy("presets/imagenet.yaml", "params.yaml")
-    seeds.run(["e-vit-s"], [1])
+    seeds.add_seeds(["e-vit-s"], [1])
     with_seed = Path("params.yaml").read_text()
     preset.run("imagenet")
     assert Path("params.yaml").read_text() == with_seed
     preset.run("imagenet", "/elsewhere")  # nothing of one's own is lost by another source
-    assert config.load().data.source == "/elsewhere"
+    assert config.load_experiment().data.source == "/elsewhere"
 
 
-def test_a_jobs_folder_takes_the_code_and_keeps_the_rest(tmp_path, root):
+def test_a_job_copies_code_and_keeps_results(tmp_path, root):
     place = tmp_path / "study"
     place.mkdir()
-    job.lay_out(root, place)
+    job.copy_code(root, place)
     (place / "outputs").mkdir()
     (place / "outputs" / "kept").touch()
     (place / "flopeq" / "of_an_older_version.py").touch()
-    job.lay_out(root, place)
+    job.copy_code(root, place)
     assert (place / "outputs" / "kept").exists()
     assert not (place / "flopeq" / "of_an_older_version.py").exists()  # it could still be imported
     assert (place / "stages" / "repro.py").read_bytes() == (root / "stages" / "repro.py").read_bytes()
@@ -187,11 +193,12 @@ def test_a_jobs_folder_takes_the_code_and_keeps_the_rest(tmp_path, root):
 
 
 def test_a_folder_has_one_job_at_a_time(tmp_path, root):
-    held = job._alone_in(tmp_path)
-    done = subprocess.run([sys.executable, "-m", "stages.job", str(tmp_path), "check"], cwd=root, text=True,
-                          capture_output=True)
+    held = job._lock_folder(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.job", str(tmp_path), "check"], cwd=root, text=True, capture_output=True
+    )
     os.close(held)
-    assert done.returncode == 2 and "another job is at work" in done.stderr
+    assert done.returncode == 2 and "another job is running" in done.stderr
 
 
 def test_an_unknown_stage_is_named_before_a_job_touches_its_folder(tmp_path):
@@ -208,8 +215,12 @@ def two_nodes() -> Iterator[tuple[str, str]]:
     port = free_port()
     nodes = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": True, "dashboard_port": port,
-                        "dashboard_agent_listen_port": free_port()},
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": True,
+            "dashboard_port": port,
+            "dashboard_agent_listen_port": free_port(),
+        },
     )
     nodes.add_node(num_cpus=1, dashboard_agent_listen_port=free_port())
     try:
@@ -236,7 +247,7 @@ def checkout(folder: Path, **settings) -> Path:
     for name in (*job.CODE, ".rayignore", ".gitignore"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
-    params = committed.only("vit", "e-vit")
+    params = params_with_runs("vit", "e-vit")
     params["recipes"]["digits"] |= {"epochs": 2, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= settings
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -258,9 +269,20 @@ def test_a_submitted_job_leaves_its_results_in_its_folder(two_nodes, tmp_path, m
     (home / "data" / "photos.tar").write_bytes(os.urandom(101 << 20))  # more than Ray would upload
     command = [sys.executable, "-m", "stages.job", str(place), "repro", "--runs", "vit", "e-vit"]
     done = subprocess.run(
-        [Path(sys.executable).with_name("ray"), "job", "submit", "--address", two_nodes[1], "--working-dir", ".", "--",
-         *command],
-        cwd=home, text=True, capture_output=True,
+        [
+            Path(sys.executable).with_name("ray"),
+            "job",
+            "submit",
+            "--address",
+            two_nodes[1],
+            "--working-dir",
+            ".",
+            "--",
+            *command,
+        ],
+        cwd=home,
+        text=True,
+        capture_output=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Running stage 'evaluate@vit'" in done.stdout
@@ -284,8 +306,12 @@ def test_runs_that_take_all_nodes_train_one_after_the_other(two_nodes, tmp_path,
     monkeypatch.chdir(place)
     for stage in ("prepare", "shard"):
         subprocess.run([sys.executable, "-m", f"stages.{stage}"], check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "-m", "stages.train_all", "vit", "e-vit"], text=True, capture_output=True,
-                          env={**os.environ, "RAY_ADDRESS": two_nodes[0]})
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train_all", "vit", "e-vit"],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "RAY_ADDRESS": two_nodes[0]},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = spans(place, monkeypatch)
     assert second[0] >= first[1]
@@ -357,10 +383,20 @@ def sbatch(place: Path, *words: str) -> subprocess.Popen[str]:
     activate = place / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text(f"export PATH={bin_}:{Path(sys.executable).parent}:$PATH\n")
-    slurm = {"SLURM_SUBMIT_DIR": str(place), "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node",
-             "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "2"}
-    return subprocess.Popen([ROOT / "deploy" / "slurm.sh", *words], env={**os.environ, **slurm}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(place),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_PER_TASK": "2",
+    }
+    return subprocess.Popen(
+        [ROOT / "deploy" / "slurm.sh", *words],
+        env={**os.environ, **slurm},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.mark.slow
@@ -383,6 +419,6 @@ def test_the_slurm_script_trains_in_a_cluster_of_its_own_and_queues_again_when_s
         pytest.fail(output)
     script.send_signal(signal.SIGTERM)
     rest, _ = script.communicate(timeout=100)
-    assert script.returncode == 128 + signal.SIGTERM and "was stopped, with a checkpoint" in rest
+    assert script.returncode == 128 + signal.SIGTERM and "was stopped and saved a checkpoint" in rest
     assert f"requeue {os.getpid()}" in Path("scontrol.log").read_text()
     assert list(place.glob("outputs/vit/checkpoints/*/steps/step-*/complete.json"))

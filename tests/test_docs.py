@@ -17,17 +17,22 @@ import pytest
 import timm.models._registry as registry
 import yaml
 
-from flopeq.cli import main
-from pipeline.config import Experiment
+from flopeq.cli.app import main
+from pipeline.base.config import Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A comment in the line above a block says why it is not run with the others: <!-- not run: ... --> or <!-- slow -->.
 BLOCK = re.compile(r"^(?:<!-- (?P<note>.*?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
+
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flopeq.irreps import change_basis, flop, flop_grid, flop_regular_grid, half, join, split
-from flopeq.resmlp import ColumnParity
+from flopeq.layers.biparity import ColumnParity
 
 grids = st.tuples(st.integers(1, 5), st.integers(1, 6))
 

@@ -9,15 +9,17 @@ import pytest
 
 import flopeq
 from flopeq.registry import MODELS
-from pipeline import config, plan
-from pipeline.config import ConfigError, Experiment
+from pipeline import plan
+from pipeline.base import config
+from pipeline.base.config import Experiment
+from pipeline.base.errors import ConfigError
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
 
 @pytest.fixture(scope="module")
 def imagenet() -> Experiment:
-    return config.load(PRESETS / "imagenet.yaml")
+    return config.load_experiment(PRESETS / "imagenet.yaml")
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_imagenet_preset_has_every_row_of_table_1(imagenet):
 
 
 def test_plan_follows_from_the_recipe(imagenet, away_from_shards):
-    small, tiny, hybrid = plan.plan(only(imagenet, "e-vit-s", "resmlp-t", "h-convnext-s"))
+    small, tiny, hybrid = plan.estimate_runs(only(imagenet, "e-vit-s", "resmlp-t", "h-convnext-s"))
     assert small.steps == 400 * 625  # 1,281,167 images in batches of 2,048, the last one dropped
     assert small.images_per_worker == 256
     assert (round(small.params_m, 1), round(small.gflops, 1)) == (11.0, 2.6)
@@ -52,11 +54,11 @@ def test_plan_follows_from_the_recipe(imagenet, away_from_shards):
 
 
 def test_given_throughput_takes_the_papers_place(imagenet, away_from_shards):
-    (row,) = plan.plan(only(imagenet, "h-convnext-s"), img_per_s=1000)
+    (row,) = plan.estimate_runs(only(imagenet, "h-convnext-s"), img_per_s=1000)
     assert row.gpu_hours == pytest.approx(300 * 312 * 4096 / 1000 / 3600)
 
 
 def test_unknown_number_of_images_is_an_error(away_from_shards):
-    experiment = config.load(PRESETS / "imagenette.yaml")
+    experiment = config.load_experiment(PRESETS / "imagenette.yaml")
     with pytest.raises(ConfigError, match="manifest.json not found.*dvc repro shard"):
-        next(plan.plan(experiment))
+        next(plan.estimate_runs(experiment))

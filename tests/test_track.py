@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import config, track
+from pipeline import track
+from pipeline.base import config
 from stages import ui
 
 EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "perf/img_per_s": 900.0, "lr": 1e-3}
@@ -23,14 +24,14 @@ EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "perf/im
 
 @pytest.fixture
 def experiment(root: Path) -> config.Experiment:
-    return config.load(root / "params.yaml")
+    return config.load_experiment(root / "params.yaml")
 
 
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database: bytes) -> MlflowClient:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(database)
-    return MlflowClient(track.uri())
+    return MlflowClient(track.tracking_uri())
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +49,7 @@ def test_importing_turns_telemetry_off_first(root: Path) -> None:
         "print(os.environ['MLFLOW_DISABLE_TELEMETRY'], os.environ['DO_NOT_TRACK'])"
     )
     clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=clean, cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=clean, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["true", "true"]
 
 
@@ -58,9 +57,9 @@ def test_uri_is_an_absolute_file_here_unless_the_environment_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert track.uri() == f"sqlite:///{tmp_path}/mlflow.db" and "////" in track.uri()
+    assert track.tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db" and "////" in track.tracking_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert track.uri() == "http://127.0.0.1:5000"
+    assert track.tracking_uri() == "http://127.0.0.1:5000"
 
 
 def test_run_has_its_name_parameters_and_tags(client: MlflowClient, experiment: config.Experiment) -> None:
@@ -82,9 +81,7 @@ def test_run_has_its_name_parameters_and_tags(client: MlflowClient, experiment: 
     assert {f"versions.{name}" for name in ("torch", "timm", "ray", "flopeq")} <= tags.keys()
 
 
-def test_the_ui_opens_on_the_columns_in_which_runs_compare(
-    client: MlflowClient, experiment: config.Experiment
-) -> None:
+def test_the_ui_opens_on_the_columns_in_which_runs_compare(client: MlflowClient, experiment: config.Experiment) -> None:
     run_id = track.start_run(experiment, "e-vit")
     study = client.get_experiment(client.get_run(run_id).info.experiment_id)
     view = json.loads(study.tags["mlflow.sharedViewState.comparison"])
@@ -98,26 +95,25 @@ def test_the_ui_opens_on_the_columns_in_which_runs_compare(
     one = f"{place}/{run_id}?workflowType=machine_learning"
     assert shared in study.tags["mlflow.note.content"]
     local = "http://127.0.0.1:5000/"
-    assert track.urls(experiment, [run_id]) == (local + shared, {run_id: local + one})
+    assert track.ui_urls(experiment, [run_id]) == (local + shared, {run_id: local + one})
 
 
 def test_ui_says_where_the_comparison_is(
     client: MlflowClient, experiment: config.Experiment, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("params.yaml").write_text((root / "params.yaml").read_text())
-    track.make_experiment(experiment.tracking.experiment)
+    track.create_experiment(experiment.tracking.experiment)
     ui.run("5987")
-    assert re.fullmatch(r"the runs: http://127\.0\.0\.1:5987/#/experiments/\d+/runs\?\S+=comparison\n",
-                        capsys.readouterr().out)
+    assert re.fullmatch(
+        r"the runs: http://127\.0\.0\.1:5987/#/experiments/\d+/runs\?\S+=comparison\n", capsys.readouterr().out
+    )
     Path("mlflow.db").unlink()
     ui.run()
-    assert "nothing is tracked yet" in capsys.readouterr().out
+    assert "no runs are tracked yet" in capsys.readouterr().out
 
 
-def test_what_a_person_has_written_of_an_experiment_stays(
-    client: MlflowClient, experiment: config.Experiment
-) -> None:
-    track.make_experiment("digits")
+def test_edited_experiment_descriptions_are_kept(client: MlflowClient, experiment: config.Experiment) -> None:
+    track.create_experiment("digits")
     study = client.get_experiment_by_name("digits")
     assert study is not None
     client.set_experiment_tag(study.experiment_id, "mlflow.note.content", "mine")
@@ -127,11 +123,11 @@ def test_what_a_person_has_written_of_an_experiment_stays(
     assert (tags["mlflow.note.content"], tags["mlflow.experimentKind"]) == ("mine", "custom_model_development")
 
 
-def test_nothing_tracked_has_no_address(
+def test_without_tracked_runs_there_is_no_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: config.Experiment
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert track.urls(experiment, ["0" * 32]) == (None, {})
+    assert track.ui_urls(experiment, ["0" * 32]) == (None, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -142,19 +138,17 @@ def test_the_report_gives_a_run_its_card_and_the_best_of_its_numbers(
     track.log_epoch(run_id, EPOCH | {"epoch": 0})
     card = Path("vit.md")
     card.write_text("---\nlicense: apache-2.0\n---\n# vit\n")
-    track.present(run_id, card, {"val/top1_pct": 98.0, "perf/share": 0.5, "converged": True})
+    track.publish_report(run_id, card, {"val/top1_pct": 98.0, "perf/share": 0.5, "converged": True})
     run = client.get_run(run_id)
     assert run.data.tags["mlflow.note.content"] == "# vit\n"
     metrics = run.data.metrics
     assert (metrics["best/top1_pct"], metrics["val/top1_pct"], metrics["perf/share"]) == (98.0, 40.0, 0.5)
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["vit.md"]
-    track.present("0" * 32, card, {})
+    track.publish_report("0" * 32, card, {})
     assert "deleted meanwhile?" in caplog.text
 
 
-def test_models_outside_the_study_have_no_paper_name(
-    client: MlflowClient, experiment: config.Experiment
-) -> None:
+def test_models_outside_the_study_have_no_paper_name(client: MlflowClient, experiment: config.Experiment) -> None:
     other = experiment.run("vit").model_copy(update={"model": "resnet18"})
     experiment = experiment.model_copy(update={"models": {"other": other}})
     assert "paper_name" not in client.get_run(track.start_run(experiment, "other")).data.tags
@@ -198,20 +192,22 @@ def test_the_average_is_logged_beside_the_weights(client: MlflowClient, experime
     track.log_epoch(run_id, EPOCH | average | {"epoch": 0})
     found = client.get_run(run_id).data.metrics
     assert {key: found[key] for key in found.keys() - EPOCH.keys()} == {
-        "val/ema_top1_pct": 91.0, "val/ema_top5_pct": 99.0}
+        "val/ema_top1_pct": 91.0,
+        "val/ema_top5_pct": 99.0,
+    }
 
 
 def test_final_metrics_and_artifacts_come_later_through_run_json(
     client: MlflowClient, experiment: config.Experiment
 ) -> None:
     run_id = track.start_run(experiment, "vit")
-    track.finish(run_id, "finished")
+    track.end_run(run_id, "finished")
     folder = Path("outputs/vit")
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"mlflow_run_id": run_id}))
     (folder / "weights.safetensors").write_bytes(b"weights")
-    track.log_final(
-        track.run_id("vit"),
+    track.log_results(
+        track.find_run_id("vit"),
         {"complexity/params_m": 0.15, "perf/peak_mem_mb": None, "equivariance/max_rel_error": math.nan},
         [folder / "weights.safetensors"],
     )
@@ -226,11 +222,11 @@ def test_final_metrics_and_artifacts_come_later_through_run_json(
 @pytest.mark.parametrize(
     ("status", "theirs"), [("finished", "FINISHED"), ("diverged", "FAILED"), ("interrupted", "KILLED")]
 )
-def test_how_a_run_ended_is_seen(
+def test_the_status_of_a_run_is_tagged(
     client: MlflowClient, experiment: config.Experiment, status: str, theirs: str
 ) -> None:
     run_id = track.start_run(experiment, "vit")
-    track.finish(run_id, status)  # pyright: ignore[reportArgumentType]
+    track.end_run(run_id, status)  # pyright: ignore[reportArgumentType]
     run = client.get_run(run_id)
     assert (run.info.status, run.data.tags["status"]) == (theirs, status)
 
@@ -244,21 +240,21 @@ def test_a_deleted_database_is_a_warning(
     gone = "0123456789abcdef" * 2
     with caplog.at_level(logging.WARNING, logger="pipeline.track"):
         track.log_epoch(gone, EPOCH | {"epoch": 0})
-        track.log_final(gone, {"complexity/params_m": 1.0})
-        track.finish(gone, "finished")
-        track.log_final(track.run_id("never-trained"), {"complexity/params_m": 1.0})
+        track.log_results(gone, {"complexity/params_m": 1.0})
+        track.end_run(gone, "finished")
+        track.log_results(track.find_run_id("never-trained"), {"complexity/params_m": 1.0})
         assert track.start_run(experiment, "vit", resume=gone) != gone
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 5
     assert sum(gone in warning and "deleted meanwhile?" in warning for warning in warnings) == 4
 
 
-def test_a_run_in_the_bin_is_gone_too(
+def test_a_run_in_the_trash_counts_as_deleted(
     client: MlflowClient, experiment: config.Experiment, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_id = track.start_run(experiment, "vit")
     client.delete_run(run_id)
-    track.log_final(run_id, {"complexity/params_m": 1.0})
+    track.log_results(run_id, {"complexity/params_m": 1.0})
     assert run_id in caplog.text
     assert track.start_run(experiment, "vit", resume=run_id) != run_id
 
@@ -266,4 +262,4 @@ def test_a_run_in_the_bin_is_gone_too(
 def test_other_failures_are_not_hidden(client: MlflowClient, experiment: config.Experiment) -> None:
     run_id = track.start_run(experiment, "vit")
     with pytest.raises(Exception, match="Invalid value|not a valid|name"):
-        track.log_final(run_id, {"not:a$name\n": 1.0})
+        track.log_results(run_id, {"not:a$name\n": 1.0})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer.main
 from typer.cli import get_docs_for_click
 
-from flopeq.cli import app
+from flopeq.cli.app import app
 
 
 def page() -> str:

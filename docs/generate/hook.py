@@ -88,13 +88,19 @@ def _document(page: str) -> str:
 
 
 def _modules() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "flopeq").glob("*.py") if not path.stem.startswith("_"))
+    """Names below `flopeq.`: modules, and the packages whose `__init__` re-exports what is in them."""
+    library = ROOT / "flopeq"
+    names = {path.relative_to(library).with_suffix("") for path in library.rglob("*.py")}
+    shown = {".".join(name.parts) for name in names if not name.name.startswith("_")}
+    return sorted({name for name in shown if not name.startswith(("layers.", "cli."))} | {"layers", "cli"})
 
 
 def _library() -> str:
     """The list of the library's modules, each with the first line of its docstring."""
     rows = []
     for name in _modules():
-        first = (ROOT / "flopeq" / f"{name}.py").read_text(encoding="utf-8").splitlines()[0].strip('"')
+        path = ROOT / "flopeq" / name.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        first = path.read_text(encoding="utf-8").splitlines()[0].strip('"')
         rows.append(f"| [flopeq.{name}](library/{name}.md) | {first} |\n")
     return "# Modules\n\n| module | |\n| --- | --- |\n" + "".join(rows)

@@ -12,7 +12,7 @@ from links import ROOT
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipeline.config import Experiment
+from pipeline.base.config import Experiment
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
 _BOUNDS = {annotated_types.Gt: ("gt", ">"), annotated_types.Ge: ("ge", "≥"),
@@ -21,7 +21,7 @@ _BOUNDS = {annotated_types.Gt: ("gt", ">"), annotated_types.Ge: ("ge", "≥"),
 HEAD = """# params.yaml
 
 [params.yaml](../../params.yaml) is the experiment; [presets](../data.md) are files of the same form. This page is made
-from the typed model of it, [pipeline/config.py](../../pipeline/config.py), which refuses every other field, and every
+from the typed model of it, [schema.py](../../pipeline/base/schema.py), which refuses every other field, and every
 value of another type, before anything starts. The values are those of params.yaml as committed; under `models` and
 `recipes`, those of the first entry.
 """

@@ -1,0 +1,1 @@
+"""Settings that change speed but not results beyond rounding: oneDNN products, depthwise gradients, malloc."""

@@ -1,0 +1,179 @@
+"""The commands `list`, `complexity`, `equivariance`, `export` and `convert`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flopeq.registry import MODELS
+
+# The commands import torch and timm themselves, so that shell completion does not wait for them.
+if TYPE_CHECKING:
+    from torch import nn
+
+from flopeq.cli.app import app, format_examples
+from flopeq.cli.options import (
+    Device,
+    ImageSize,
+    Json,
+    ModelWords,
+    check_dtype,
+    complete_model,
+    input_size,
+    parse_model_args,
+    select_device,
+)
+from flopeq.cli.output import print_line, print_rows
+
+
+@app.command("list", epilog=format_examples("list", "list --json"))
+def list_models(as_json: Json = False) -> None:
+    """List the models of the paper and their names in timm."""
+    rows = [
+        {"model": info.model, "paper_name": info.paper_name, "family": info.family, "variant": info.variant}
+        for info in MODELS.values()
+    ]
+    print_rows(rows, as_json)
+
+
+@app.command(
+    epilog=format_examples(
+        "complexity deit3_small_patch16_224 flop_deit3_small_patch16_224",
+        "complexity flophybrid_deit3_base_patch16_224 num_flop_blocks=4 --json",
+        "complexity resnet50 --image-size 160",
+    )
+)
+def complexity(words: ModelWords, image_size: ImageSize = None, as_json: Json = False) -> None:
+    """Count parameters and operations per image, in the paper's convention."""
+    from flopeq.measure import flops
+    from flopeq.models.build import build
+
+    names, args = parse_model_args(words)
+    rows = []
+    for name in names:
+        model = build(name, device="meta", **args)
+        rows.append({"model": name, **asdict(flops.complexity(model, input_size(model, args, image_size)))})
+    units = {"params": (1e6, "params (M)"), "flops": (1e9, "GFLOPs"), "macs": (1e9, "multiply-adds (G)"),
+             "elementwise": (1e9, "element-wise (G)")}  # fmt: skip
+    print_rows(rows, as_json, units)
+
+
+@app.command(
+    epilog=format_examples(
+        "equivariance flop_deit3_small_patch16_224",
+        "equivariance flop_convnext_iso_small num_classes=10 checkpoint_path=weights.safetensors",
+        "equivariance flop_resmlp_24_224 --dtype float32 --json",
+    )
+)
+def equivariance(
+    words: ModelWords,
+    device: Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", callback=check_dtype, help="Precision of weights and images.")
+    ] = "float64",
+    seed: Annotated[int, typer.Option(help="Seed of weights and images.")] = 0,
+    image_size: ImageSize = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the equivariance error of the logits and of every block's features.
+
+    The command compares two random images with their flops. Errors are relative to the largest value. For an
+    equivariant network they are rounding errors. Freshly initialized weights are partly zero, so noise is added to
+    them; weights from checkpoint_path=FILE are used unchanged.
+    """
+    import torch
+
+    from flopeq.models.build import build
+    from flopeq.testing import block_errors, equivariance_error
+
+    names, args = parse_model_args(words)
+    torch_device = select_device(device)
+    rows = []
+    for name in names:
+        torch.manual_seed(seed)
+        model = build(name, **args).eval().to(torch_device, getattr(torch, dtype))
+        if "checkpoint_path" not in args:
+            _add_noise(model)
+        size = input_size(model, args, image_size)
+        images_BCHW = torch.randn(2, *size).to(torch_device, getattr(torch, dtype))
+        rows.append(
+            {
+                "model": name,
+                "max_rel_error": equivariance_error(model, images_BCHW),
+                "blocks": block_errors(model, images_BCHW),
+            }
+        )
+    if as_json:
+        print_rows(rows, as_json)
+        return
+    for row in rows:
+        errors = {"logits": row["max_rel_error"]} | row["blocks"]
+        print_line(row["model"])
+        print_rows([{"": part, "error": f"{error:.1e}"} for part, error in errors.items()], as_json)
+
+
+@app.command(
+    epilog=format_examples(
+        "export flop_deit3_small_patch16_224 exported --checkpoint weights.safetensors",
+        "export --run outputs/e-vit exported/e-vit",
+    )
+)
+def export(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[MODEL] OUT_DIR [KEY=VALUE...]", help="A timm model, the folder to write, and model "
+                       "arguments. Omit MODEL with --run.", autocompletion=complete_model),
+    ],
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Weights; convert the authors' with `flopeq convert` first.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A trained run, outputs/<run>: its model, weights, metrics.")
+    ] = None,
+    license: Annotated[str, typer.Option(metavar="NAME", help="License of the weights.")] = "apache-2.0",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Export a model to a folder that timm loads: model.safetensors, config.json and a model card, README.md.
+
+    After `import flopeq`, timm.create_model("local-dir:OUT_DIR", pretrained=True) loads the model. The folder can be
+    uploaded to a model hub as it is. The export measures the equivariance error for the model card.
+    """
+    from flopeq.hub.export import export_model
+
+    paths = [word for word in words if "=" not in word]
+    args = parse_model_args(["-", *(word for word in words if "=" in word)])[1]
+    if len(paths) != 2 and not (run and len(paths) == 1):
+        raise ValueError("give MODEL OUT_DIR, or --run FOLDER OUT_DIR")
+    name = paths[0] if len(paths) == 2 else None
+    result = export_model(name, Path(paths[-1]), checkpoint=checkpoint, run=run, license=license, **args)
+    print_rows([asdict(result)], as_json)
+
+
+@app.command(epilog=format_examples("convert checkpoint.pth flop_deit3_huge_patch14_224 weights.safetensors"))
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN.pth", help="A checkpoint of the paper's authors.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The name of its model in flopeq.", autocompletion=complete_model)
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint from the authors' repository to one that flopeq's model loads."""
+    from flopeq.hub.convert import convert_checkpoint
+
+    tensors = convert_checkpoint(source, model, target)
+    row = {"model": model, "tensors": len(tensors), "params": sum(t.numel() for t in tensors.values()),
+           "file": str(target)}  # fmt: skip
+    print_rows([row], as_json)
+
+
+def _add_noise(model: nn.Module) -> None:
+    """Adds Gaussian noise with standard deviation 0.02 to every parameter."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)

@@ -1,0 +1,1 @@
+"""Converts the authors' checkpoints, and exports models with a model card."""

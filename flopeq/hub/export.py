@@ -1,0 +1,153 @@
+"""Exports a model to a folder that timm loads: safetensors, config.json and a model card with measured values."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import load_checkpoint, save_for_hf
+from torch import nn
+
+from flopeq.hub.model_card import TrainedRun, failure_reason, render_card
+from flopeq.measure.flops import complexity
+from flopeq.models.build import build
+from flopeq.models.variants import baseline_name
+from flopeq.registry import describe
+from flopeq.testing import equivariance_error
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The folder that `export_model` wrote, and the measured values."""
+
+    model: str
+    folder: str
+    params: int
+    flops: int
+    equivariance_error: float
+
+
+def load_trained_run(folder: Path) -> TrainedRun:
+    """Reads the files of a trained run. Raises: ValueError if the folder is not that of a trained run."""
+    import yaml  # timm requires it
+
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not a trained run: it has no config.yaml, unlike outputs/<run>")
+    read = {}
+    for name in ("metrics.json", "run.json"):
+        path = folder / name
+        read[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    metrics, notes = read["metrics.json"], read["run.json"]
+    return TrainedRun(config, metrics, notes, failure_reason(notes, metrics))
+
+
+def export_model(
+    name: str | None,
+    folder: Path,
+    *,
+    checkpoint: Path | None = None,
+    run: Path | None = None,
+    license: str = "apache-2.0",
+    **args: Any,
+) -> ExportResult:
+    """Writes a model to a folder in timm's hub layout: model.safetensors, config.json and the model card, README.md.
+
+    `run` is the folder of a trained run, which defines model, arguments, weights and preprocessing. `checkpoint` is a
+    file of weights, from safetensors or torch. With `run` it selects another file in the run's folder, such as the
+    averaged weights. Without `run` and `checkpoint` the weights are random. Arguments that the checkpoint determines
+    can be omitted: those that `flopeq convert` stored, and the number of classes.
+    Raises: ValueError if model, arguments and weights do not fit each other.
+    """
+    trained = None if run is None else load_trained_run(run)
+    if run and trained:
+        if name not in (None, trained.config["model"]):
+            raise ValueError(f"{run} is a run of {trained.config['model']}, not of {name}")
+        name, args = trained.config["model"], trained.config["args"] | args
+        checkpoint = checkpoint or run / "weights.safetensors"
+        if checkpoint.resolve().parent != run.resolve():
+            raise ValueError(
+                f"{checkpoint} is not in {run}, and the card shows that run's accuracies: leave one of them out"
+            )
+    assert name is not None
+    if checkpoint:
+        args = _args_from_checkpoint(checkpoint, name) | args
+    torch.manual_seed(0)
+    model = build(name, **args).eval()
+    if checkpoint:
+        _load(model, name, checkpoint)
+    data = None
+    if trained:
+        config = trained.config["data"]
+        data = {"input_size": (3, config["image_size"], config["image_size"]), "mean": tuple(config["mean"]),
+                "std": tuple(config["std"]), "interpolation": config["interpolation"],
+                "crop_pct": trained.config["recipe"]["test_crop_ratio"]}  # fmt: skip
+    try:
+        save_for_hf(model, str(folder), safe_serialization=True, data_config=data,
+                    model_config={"pretrained_cfg": {"license": license}})  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error}") from error
+    size = tuple(json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["input_size"])
+    counted = complexity(build(name, device="meta", **args), size)
+    error = measure_equivariance_error(model, size)
+    metrics = {
+        "complexity/params_m": counted.params / 1e6,
+        "complexity/gflops": counted.flops / 1e9,
+        "complexity/gmacs": counted.macs / 1e9,
+        "complexity/flop_ratio": _flop_ratio(name, args, size, counted.flops),
+        "equivariance/float64_error": error,
+    }
+    weights = f"those of `{checkpoint.name}`" if checkpoint else "random, untrained"
+    text = render_card(name, args, size, metrics, weights=weights, license=license, run=trained)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return ExportResult(name, str(folder), counted.params, counted.flops, error)
+
+
+def measure_equivariance_error(model: nn.Module, size: tuple[int, int, int]) -> float:
+    """The relative equivariance error of the logits in float64, the maximum over two random images."""
+    generator = torch.Generator().manual_seed(0)
+    images_BCHW = torch.randn(2, *size, generator=generator, dtype=torch.float64)
+    return equivariance_error(copy.deepcopy(model).cpu().double().eval(), images_BCHW)
+
+
+def _flop_ratio(name: str, args: dict[str, Any], size: tuple[int, int, int], flops: int) -> float | None:
+    """FLOPs of X over those of this model; None for X itself, or if X does not take the arguments."""
+    info = describe(name)
+    if info is None or info.variant == "X":
+        return None
+    baseline_args = {key: value for key, value in args.items() if key not in ("num_flop_blocks", "head")}
+    if info.family == "resmlp" and "resmlp_base" not in name and "resmlp_large" not in name and baseline_args:
+        return None
+    return complexity(build(baseline_name(name), device="meta", **baseline_args), size).flops / flops
+
+
+def _args_from_checkpoint(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Model arguments from a file of weights: those that `flopeq convert` stored, else the number of classes."""
+    if not checkpoint.is_file():
+        raise ValueError(f"there is no file {checkpoint}")
+    if checkpoint.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            metadata = file.metadata() or {}
+            head = [file.get_slice(key).get_shape() for key in file.keys() if key == "head.weight"]  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{checkpoint} is not a safetensors file, or it is damaged: {error}") from error
+    if metadata.get("model", name) != name:
+        raise ValueError(f"{checkpoint} holds weights of {metadata['model']}, not of {name}")
+    if "model_args" in metadata:
+        return json.loads(metadata["model_args"])
+    return {"num_classes": head[0][0]} if head else {}
+
+
+def _load(model: nn.Module, name: str, checkpoint: Path) -> None:
+    try:
+        load_checkpoint(model, str(checkpoint), strict=True)
+    except RuntimeError as error:
+        first = next((line.strip() for line in str(error).splitlines()[1:]), str(error))
+        raise ValueError(f"{checkpoint} does not fit {name}: {first}") from error

@@ -1,0 +1,260 @@
+"""Renders a model card: description, metrics, training, usage, intended use and license of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from flopeq.measure.comparison import flopeq_version
+from flopeq.measure.paper import strip_size, table1
+from flopeq.models.variants import baseline_name
+from flopeq.registry import describe
+
+Formatter = Callable[[float], str]
+
+BIBTEX = """@inproceedings{bokman2025flopping,
+  title     = {Flopping for {FLOPs}: Leveraging Equivariance for Computational Efficiency},
+  author    = {B{\\"o}kman, Georg and Nordstr{\\"o}m, David and Kahl, Fredrik},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2025}
+}"""
+
+FAMILIES = {"vit": "vision transformer (DeiT III)", "resmlp": "ResMLP", "convnext_iso": "isotropic ConvNeXt"}
+
+_PERCENT, _RATIO, _ERROR = "{:.1f} %".format, "{:.2f}".format, "{:.1e}".format
+
+_REACHED: dict[str, tuple[str, Formatter]] = {
+    "val/top1_pct": ("top-1", _PERCENT),
+    "val/top5_pct": ("top-5", _PERCENT),
+    "val/ema_top1_pct": ("top-1 of the averaged weights", _PERCENT),
+    "val/real_top1_pct": ("top-1 on the ReaL labels", _PERCENT),
+    "val/loss": ("loss", "{:.4g}".format),
+    "val/flop_agreement_pct": ("same answer for an image and its flop", _PERCENT),
+    "equivariance/max_rel_error": ("equivariance error of the logits", _ERROR),
+}
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The files of a training run of the pipeline, in outputs/<run>/."""
+
+    config: Mapping[str, Any]
+    """Content of config.yaml: run, model, args, seed, data, recipe, train."""
+    metrics: Mapping[str, Any]
+    """Content of metrics.json; empty before `evaluate`."""
+    notes: Mapping[str, Any]
+    """Content of run.json: status, reason of a divergence, best epoch, fingerprint, MLflow run."""
+    failure: str | None
+    """Why the run did not converge; None if it converged or was not evaluated."""
+
+
+def failure_reason(notes: Mapping[str, Any], metrics: Mapping[str, Any]) -> str | None:
+    """Why a run did not converge, from its run.json and metrics.json; None if it converged or was not evaluated."""
+    if notes.get("status") == "diverged":
+        reason = (notes.get("message") or "non-finite loss").partition(";")[0]  # the ids of the images follow
+        return f"it diverged ({reason}); shown is its best epoch before"
+    if metrics.get("converged", True):
+        return None
+    top1 = metrics.get("val/top1_pct")
+    is_known = top1 is not None and math.isfinite(top1)
+    return f"its training ended at {top1:.1f}% top-1" if is_known else "it has no validation accuracy"
+
+
+def render_card(
+    name: str,
+    args: Mapping[str, Any],
+    size: tuple[int, int, int],
+    metrics: Mapping[str, float | None],
+    *,
+    weights: str,
+    license: str = "apache-2.0",
+    conditions: str = "",
+    run: TrainedRun | None = None,
+    run_folder: Path | None = None,
+) -> str:
+    """Renders the model card in Markdown, with the front matter of model hubs. It leaves out metrics without a value.
+
+    Args:
+        metrics: measured values of the network, under the names of the report's metrics.json, and
+            `equivariance/float64_error` from `flopeq.hub.export.measure_equivariance_error`.
+        weights: origin of the weights.
+        conditions: conditions of the throughput measurement.
+        run_folder: folder of a run that is not exported yet, for which the card shows the `flopeq export` command;
+            None if the card is part of an exported folder.
+    """
+    info = describe(name)
+    title = info.paper_name if info else name
+    if info and not _has_paper_size(args):  # E(ViT), not E(ViT-S)
+        title = strip_size(title)
+    if run:
+        title = f"{run.config['run']}: {title}"
+    parts = [
+        _front_matter(license, run),
+        f"# {title}",
+        _description(name, args),
+        *([f"**It did not converge: {run.failure}.**"] if run and run.failure else []),
+        "## Figures",
+        _metrics_table(name, args, size, metrics, weights, conditions),
+        *(_training_section(run) if run else ()),
+        "## Use",
+        _usage_section(run_folder),
+        "## Intended use",
+        _intended_use_section(name, run),
+        "## Source and licence",
+        _license_section(license),
+        f"```bibtex\n{BIBTEX}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(license: str, run: TrainedRun | None) -> str:
+    tags = ["image-classification", "timm", "equivariance", "flopeq"]
+    lines = ["---", "library_name: timm", "pipeline_tag: image-classification", f"license: {license}"]
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
+    if run:
+        lines += ["datasets:", f"- {run.config['data']['name']}"]
+    return "\n".join([*lines, "---"])
+
+
+def _description(name: str, args: Mapping[str, Any]) -> str:
+    info = describe(name)
+    if info is None:
+        return f"`{name}` of timm."
+    kind = FAMILIES[info.family]
+    text = {
+        "X": f"An ordinary {kind}, the baseline of the networks that are equivariant to horizontal mirroring.",
+        "E": f"A {kind} that is equivariant to horizontal mirroring (a *flop*): its features are an even half, which a "
+        "flop leaves alone, and an odd half, which it negates. Linear layers are block diagonal and cost half, and the "
+        "logits of an image and of its flop are the same by construction.",
+        "H": f"A hybrid {kind}: its first blocks are equivariant to horizontal mirroring, at half the cost of their "
+        "linear layers, and the others are ordinary. Its logits are not invariant.",
+    }[info.variant]
+    given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+    return f"{text}\n\nModel `{name}`{f' with {given}' if given else ''}, registered in timm by the package flopeq."
+
+
+def _metrics_table(
+    name: str,
+    args: Mapping[str, Any],
+    size: tuple[int, int, int],
+    metrics: Mapping[str, float | None],
+    weights: str,
+    conditions: str,
+) -> str:
+    figures: dict[str, tuple[str, Formatter]] = {
+        "complexity/params_m": ("parameters", lambda millions: _format_count(1e6 * millions)),
+        "complexity/gflops": (
+            "FLOPs an image (the paper's convention)",
+            lambda billions: _format_count(1e9 * billions),
+        ),
+        "complexity/gmacs": ("multiply-adds an image", lambda billions: _format_count(1e9 * billions)),
+        "complexity/flop_ratio": (f"FLOPs of X, `{baseline_name(name)}`, over these", _RATIO),
+        "perf/forward_img_per_s": (f"images/s forward ({conditions})", "{:,.0f}".format),
+        "perf/throughput_ratio": ("images/s over those of X", _RATIO),
+        "equivariance/float64_error": ("equivariance error of the logits, float64, two random images", _ERROR),
+    }
+    rows = [("weights", weights), ("image", " x ".join(map(str, size))), *_format_available(metrics, figures)]
+    paper = next((row for row in table1() if row.model == name), None)
+    if paper and _has_paper_size(args) and size[1:] == (224, 224):
+        top1 = "diverged" if paper.top1 is None else f"{paper.top1} %"
+        rows.append(("the paper's network of this name, ImageNet-1K top-1 (its weights, not these)", top1))
+    return _table("", rows)
+
+
+def _training_section(run: TrainedRun) -> list[str]:
+    """Data, recipe and validation metrics of a run."""
+    data, recipe, train = run.config["data"], run.config["recipe"], run.config["train"]
+    further = {f"{name}/top1_pct": (f"top-1 on {name}, never trained or chosen on", _PERCENT)
+               for name in data["further_val"]}  # fmt: skip
+    reached = _format_available(run.metrics, _REACHED | further)
+    mean, std = (", ".join(map(str, data[key])) for key in ("mean", "std"))
+    epoch = run.notes.get("best_epoch")
+    cores = "1 CPU core" if train["cpus_per_worker"] == 1 else f"{train['cpus_per_worker']} CPU cores"
+    workers = train["workers"] if isinstance(train["workers"], int) else " to ".join(map(str, train["workers"]))
+    facts = [
+        f"- Data: {data['name']}, images of {data['image_size']} x {data['image_size']}, normalized with mean {mean} "
+        f"and deviation {std}, validated on its own validation split.",
+        f"- Recipe `{recipe['name']}`, seed {run.config['seed']}"
+        + ("." if epoch is None else f"; the weights are those of epoch {epoch}, the best by validation top-1."),
+        f"- Workers: {workers}, of {cores} each; mixed precision {train['amp']}, "
+        f"{'compiled' if train['compile'] else 'eager'}.",
+    ]
+    if run.notes.get("mlflow_run_id"):
+        facts.append(f"- Run `{run.config['run']}`: MLflow {run.notes['mlflow_run_id']}, "
+                     f"configuration {run.notes.get('fingerprint', 'unknown')}.")  # fmt: skip
+    settings = [(key, "off" if value is None else str(value)) for key, value in recipe.items() if key != "name"]
+    return [
+        "## Training",
+        "\n".join(facts),
+        _table("validation", reached) if reached else "Not evaluated.",
+        f"<details><summary>The recipe</summary>\n\n{_table('', settings)}\n\n</details>",
+    ]
+
+
+def _usage_section(run_folder: Path | None) -> str:
+    folder = f"exported/{run_folder.name}" if run_folder else "<this folder>"
+    export = f"```console\n$ flopeq export --run {run_folder} {folder}\n```\n\n" if run_folder else ""
+    return (
+        f"{export}```python\nimport flopeq, timm  # importing flopeq registers the model in timm\n\n"
+        f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))\n```"
+    )
+
+
+def _intended_use_section(name: str, run: TrainedRun | None) -> str:
+    classes = f"the classes of {run.config['data']['name']}" if run else "the classes it is trained on"
+    validated = " It was validated only on the images named here." if run else ""
+    info = describe(name)
+    mirrored = (
+        " It cannot tell an image from its mirror image: do not use it where that matters (text, signs, left and "
+        "right organs)."
+        if info and info.variant == "E"
+        else ""
+    )
+    return (
+        f"Meant for research on image classification: to classify images into {classes}, to be compared with networks "
+        "that treat mirroring differently, to be fine-tuned, or as a backbone (`forward_features`, "
+        f"`features_only=True`).{mirrored}{validated} It has not been examined for safety or bias. Do not base "
+        "decisions about people on it."
+    )
+
+
+def _license_section(license: str) -> str:
+    return (
+        f"The weights are licensed as `{license}`; rights in the data that they were trained on are not affected. The "
+        "code is flopeq's, Apache-2.0, after the networks of Bökman, Nordström and Kahl, *Flopping for FLOPs* (ICML "
+        "2025, [arXiv 2502.05169](https://arxiv.org/abs/2502.05169); their code, Apache-2.0: "
+        "[georg-bn/flopping-for-flops](https://github.com/georg-bn/flopping-for-flops)).\n\n"
+        f"Written by flopeq {flopeq_version()} with torch {torch.__version__.partition('+')[0]} and timm "
+        f"{timm.__version__}."
+    )
+
+
+def _has_paper_size(args: Mapping[str, Any]) -> bool:
+    """Whether a model with these arguments has the paper's width, depth and number of equivariant blocks."""
+    return not set(args) - {"num_classes", "img_size", "drop_path_rate", "checkpoint_path"}
+
+
+def _format_available(
+    metrics: Mapping[str, Any], figures: Mapping[str, tuple[str, Formatter]]
+) -> list[tuple[str, str]]:
+    """Label and formatted value of each metric that is present and finite."""
+    rows = [(metrics.get(key), label, formatter) for key, (label, formatter) in figures.items()]
+    return [(label, formatter(value)) for value, label, formatter in rows if value is not None and math.isfinite(value)]
+
+
+def _table(head: str, rows: list[tuple[str, str]]) -> str:
+    return "\n".join([f"| {head} | |" if head else "| | |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def _format_count(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.4g}"

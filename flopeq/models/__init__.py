@@ -1,0 +1,1 @@
+"""One file for each family, what they share, and building a model by name."""

@@ -1,0 +1,200 @@
+"""The typed model of params.yaml. An experiment is validated before any long computation starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.base.errors import ConfigError, did_you_mean
+from pipeline.base.schema import (
+    Data,
+    NameStr,
+    Recipe,
+    RecipeOverride,
+    Run,
+    Section,
+    Sweeps,
+    Throughput,
+    Tracking,
+    Train,
+    TunedRecipe,
+)
+
+
+class Experiment(Section):
+    seed: int
+    """Seed of the data order and of every run without a `seed` of its own."""
+    data: Data
+    models: dict[NameStr, Run]
+    """Runs by name: the model to train and its recipe."""
+    recipes: dict[NameStr, Recipe]
+    """Training recipes by name."""
+    train: Train
+    throughput: Throughput
+    sweeps: Sweeps
+    tracking: Tracking
+    storage: str
+    """Folder or pyarrow URL for checkpoints, which are written to `<storage>/<run>/checkpoints`."""
+
+    def run(self, name: str) -> Run:
+        """Returns the run of that name.
+
+        Raises: ConfigError, with the closest known name, if there is no such run.
+        """
+        if name not in self.models:
+            raise ConfigError(f"no run named {name!r} in params.yaml{did_you_mean(name, self.models)}")
+        return self.models[name]
+
+    def recipe(self, name: str) -> Recipe:
+        """Returns the recipe of a run.
+
+        Raises: ConfigError if a sweep has not found the recipe yet.
+        """
+        recipe = self.run(name).recipe
+        if recipe not in self.recipes:
+            path = self.sweeps.tuned[recipe].override
+            raise ConfigError(
+                f"recipe {recipe!r} of run {name!r} needs {path}, which does not exist: run `dvc repro train@{name}`"
+            )
+        return self.recipes[recipe]
+
+    def seed_of(self, name: str) -> int:
+        """Returns the seed of a run: its own, or else the experiment's."""
+        seed = self.run(name).seed
+        return self.seed if seed is None else seed
+
+    def resolved(self, name: str) -> dict[str, Any]:
+        """Returns everything that defines the training of a run, as plain JSON values."""
+        run = self.run(name)
+        return {
+            "run": name,
+            "model": run.model,
+            "args": dict(run.args),
+            "seed": self.seed_of(name),
+            "data": self.data.model_dump(mode="json"),
+            "recipe": {"name": run.recipe, **self.recipe(name).model_dump(mode="json")},
+            "train": self.train.model_dump(mode="json"),
+        }
+
+
+def load_experiment(path: Path | str = "params.yaml") -> Experiment:
+    """Reads and validates an experiment.
+
+    Raises: ConfigError with one line per mistake.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path} not found: run this from the root of the repository")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {line}" for line in _format_validation_errors(error))) from None
+    if problems := _find_inconsistencies(experiment):
+        raise ConfigError("\n".join(f"{path}: {line}" for line in problems))
+    return _apply_tuned_recipes(experiment, path.parent)
+
+
+def override_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Returns a copy of the recipe with some fields changed, validated again.
+
+    Raises: ConfigError with one line per mistake.
+    """
+    try:
+        return Recipe.model_validate({**recipe.model_dump(), **changes})
+    except ValidationError as error:
+        raise ConfigError("\n".join(_format_validation_errors(error, Recipe))) from None
+
+
+def load_override(tuned: TunedRecipe, root: Path = Path()) -> RecipeOverride:
+    """Reads the override file of a tuned recipe.
+
+    Args:
+        root: folder to which the path of the file is relative.
+    Raises: ConfigError if the file is invalid.
+    """
+    path = root / tuned.override
+    try:
+        return RecipeOverride.model_validate(yaml.safe_load(path.read_text()) or {})
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(f"{path}: {line}" for line in _format_validation_errors(error, RecipeOverride))
+        ) from None
+
+
+def _find_inconsistencies(experiment: Experiment) -> list[str]:
+    """Returns one line per reference to a run or recipe that does not exist, and per contradiction."""
+    sweeps, known, problems = experiment.sweeps, [*experiment.recipes, *experiment.sweeps.tuned], []
+    for name, run in experiment.models.items():
+        if run.recipe not in known:
+            problems.append(f"models.{name}.recipe: no recipe named {run.recipe!r}{did_you_mean(run.recipe, known)}")
+    for name, tuned in sweeps.tuned.items():
+        if name in experiment.recipes:
+            problems.append(f"sweeps.tuned.{name}: `recipes` already has this name; choose another")
+        if tuned.base not in experiment.recipes:
+            problems.append(
+                f"sweeps.tuned.{name}.base: no recipe named {tuned.base!r}"
+                f"{did_you_mean(tuned.base, experiment.recipes)}"
+            )
+    for key_path, names in (("recipe.runs", sweeps.recipe.runs), ("hybrid.runs", sweeps.hybrid.runs)):
+        for name in names:
+            if name not in experiment.models:
+                problems.append(f"sweeps.{key_path}: no run named {name!r}{did_you_mean(name, experiment.models)}")
+            elif experiment.models[name].recipe in sweeps.tuned:
+                problems.append(f"sweeps.{key_path}: {name} has a recipe from a sweep; it needs one of `recipes`")
+    for name in sweeps.recipe.own_space:
+        if name not in sweeps.recipe.runs:
+            problems.append(f"sweeps.recipe.own_space.{name}: not one of sweeps.recipe.runs")
+    if (sweeps.recipe.trials is None) != (sweeps.recipe.searcher == "grid"):
+        problems.append("sweeps.recipe.trials: must be a number for optuna and random, and null for grid")
+    return problems
+
+
+def _apply_tuned_recipes(experiment: Experiment, root: Path) -> Experiment:
+    """Adds the recipes that sweeps have found so far, and applies their changes to the arguments of the models."""
+    recipes, models = dict(experiment.recipes), dict(experiment.models)
+    for name, tuned in experiment.sweeps.tuned.items():
+        if not (root / tuned.override).is_file():
+            continue
+        override = load_override(tuned, root)
+        try:
+            recipes[name] = override_recipe(recipes[tuned.base], override.recipe)
+        except ConfigError as error:
+            raise ConfigError(f"{tuned.override}: {error}") from None
+        for run_name, run in models.items():
+            if run.recipe == name:
+                models[run_name] = run.model_copy(update={"args": {**run.args, **override.args}})
+    return experiment.model_copy(update={"recipes": recipes, "models": models})
+
+
+def _format_validation_errors(error: ValidationError, model: type[BaseModel] = Experiment) -> list[str]:
+    lines = []
+    for details in error.errors():
+        key_path = [str(part) for part in details["loc"] if part != "[key]"]
+        if details["type"] == "extra_forbidden":
+            lines.append(
+                f"{'.'.join(key_path)}: unknown parameter"
+                f"{did_you_mean(key_path[-1], _field_names_at(model, key_path[:-1]))}"
+            )
+        elif details["type"] == "missing":
+            lines.append(f"{'.'.join(key_path)}: missing")
+        else:
+            lines.append(f"{'.'.join(key_path)}: {details['msg']}, got {details['input']!r}")
+    return lines
+
+
+def _field_names_at(model: Any, key_path: list[str]) -> list[str]:
+    """Returns the field names of the section at `key_path`, or nothing if the value there may have several types."""
+    for part in key_path:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        inner = field.annotation if field else model
+        model = get_args(inner)[1] if get_origin(inner) is dict else inner
+        model = next((arg for arg in get_args(model) if hasattr(arg, "model_fields")), model)
+    return list(getattr(model, "model_fields", ()))

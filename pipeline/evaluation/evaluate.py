@@ -1,0 +1,200 @@
+"""Evaluates weights on the validation images and further sets: accuracy, and the effect of the flop.
+
+Legend: N images, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flopeq.testing import relative_error
+from pipeline import track
+from pipeline.base.config import Experiment
+from pipeline.base.errors import ConfigError
+from pipeline.base.files import write_json
+from pipeline.base.schema import Recipe
+from pipeline.evaluation import validation_sets, weights
+from pipeline.loading import batching, datasets
+from pipeline.shards import manifests
+from pipeline.training import loop, recipe
+
+BATCH_SIZE = 256
+
+MIN_TIMES_CHANCE = 3  # below this multiple of chance level, a model has learned nothing
+
+Metrics = dict[str, float | bool]
+
+
+def evaluate_run(experiment: Experiment, run_name: str, outputs: Path = Path("outputs")) -> Metrics:
+    """Evaluates a trained run, writes outputs/<run>/metrics.json, and logs the metrics to its MLflow run.
+
+    The metrics are those of `evaluate_model`, for the best plain weights and, if the recipe has a moving average, for
+    the best averaged weights. `converged` says whether the loss stayed finite to the last epoch and top-1 is well above
+    chance level.
+
+    Raises: ConfigError if the run was not trained; ShardError and SourceError for unreadable images.
+    """
+    folder = outputs / run_name
+    if not (folder / "run.json").is_file():
+        raise ConfigError(f"{folder}/run.json not found: run `dvc repro train@{run_name}` first")
+    status = json.loads((folder / "run.json").read_text())["status"]
+    run, recipe_, shards = experiment.run(run_name), experiment.recipe(run_name), _open_shards(experiment)
+
+    def load_model(file: str) -> nn.Module:
+        if not (folder / file).is_file():
+            raise ConfigError(f"{folder / file} not found: run `dvc repro --force train@{run_name}`")
+        model = recipe.build_model(run, recipe_, num_classes=len(shards.classes), seed=0)
+        model.load_state_dict(load_file(folder / file))
+        return model
+
+    ema = None if recipe_.ema_decay is None else load_model("weights_ema.safetensors")
+    measured = evaluate_model(experiment, recipe_, shards, load_model("weights.safetensors"), ema)
+    best = max(measured["val/top1_pct"], measured.get("val/ema_top1_pct", 0.0))
+    metrics: Metrics = {
+        **measured,
+        "converged": status == "finished" and best > MIN_TIMES_CHANCE * 100 / len(shards.classes),
+    }
+    write_json(folder / "metrics.json", metrics)
+    epoch_metrics = {*track.EPOCH_METRICS, *track.EMA_METRICS, "val/loss"}  # logged during training
+    new_metrics = {name: value for name, value in measured.items() if name not in epoch_metrics}
+    track.log_results(track.find_run_id(run_name, outputs), new_metrics, [folder / "metrics.json"])
+    return metrics
+
+
+def evaluate_weights(
+    experiment: Experiment, path: Path, model_name: str, model_args: Mapping[str, Any]
+) -> dict[str, float]:
+    """Evaluates the weights in a file, read by `weights.load_weights`, on the experiment's data.
+
+    The test crop is that of the model's runs in params.yaml, or else of all its recipes.
+    Raises: WeightsError, ModelError; ConfigError if the test crop is ambiguous; ShardError and SourceError for
+    unreadable images.
+    """
+    recipe_, shards = _recipe_for_model(experiment, model_name), _open_shards(experiment)
+    model = weights.load_weights(
+        path, model_name, model_args, num_classes=len(shards.classes), image_size=experiment.data.image_size
+    )
+    return evaluate_model(experiment, recipe_, shards, model)
+
+
+def evaluate_model(
+    experiment: Experiment, recipe_: Recipe, shards: manifests.Shards, model: nn.Module, ema: nn.Module | None = None
+) -> dict[str, float]:
+    """Evaluates models once on every validation image and every image of the further sets, in float32.
+
+    `val/flop_agreement_pct` is the share of images with the same top-1 class as their flop;
+    `equivariance/max_rel_error` is the largest relative difference between the logits of both, over the batches;
+    `val/ema_...` is the accuracy of `ema`. `val/real_top1_pct` is the accuracy of `model` on ImageNet's reassessed
+    labels, `<name>/...` its accuracy on a further set (pipeline/evaluation/validation_sets.py).
+    """
+    device = _select_device(experiment)
+    images = datasets.IndexedImages(shards, "val")
+    further_sets = {
+        name: validation_sets.load_further_set(name, folder, shards.classes)
+        for name, folder in experiment.data.further_val.items()
+    }
+    model, ema = model.to(device).eval(), None if ema is None else ema.to(device).eval()
+
+    def batches(images: datasets.ImageDataset) -> Iterable[batching.Batch]:
+        return batching.val_batches(
+            images,
+            recipe_,
+            experiment.data,
+            batch_size=BATCH_SIZE,
+            loader_workers=experiment.train.loader_workers,
+            device=device,
+        )
+
+    predictions = _predict(model, ema, batches(images))
+    metrics = {
+        **_accuracy_metrics("val/", predictions.top5, images.labels),
+        "val/loss": predictions.loss,
+        "val/flop_agreement_pct": _percent(predictions.top5[:, 0] == predictions.flop_top5[:, 0]),
+        "equivariance/max_rel_error": predictions.max_rel_error,
+    }
+    if predictions.ema_top5 is not None:
+        metrics |= _accuracy_metrics("val/ema_", predictions.ema_top5, images.labels)
+    if labels := validation_sets.real_labels(shards.classes, images.keys(range(len(images)))):
+        metrics["val/real_top1_pct"] = validation_sets.real_top1_pct(predictions.top5[:, 0].tolist(), labels)
+    for name, further_images in further_sets.items():
+        further = loop.evaluate(model, batches(further_images))
+        metrics |= {f"{name}/top1_pct": further.top1_pct, f"{name}/top5_pct": further.top5_pct}
+    return metrics
+
+
+class Predictions(NamedTuple):
+    """Predictions for labelled images, in their order."""
+
+    top5: Tensor
+    """(N, min(5, K)) int64, the most likely classes."""
+    flop_top5: Tensor
+    """The same for the images' flops."""
+    ema_top5: Tensor | None
+    """The same for the averaged weights."""
+    loss: float
+    """Mean cross-entropy."""
+    max_rel_error: float
+    """Largest relative difference between the logits of images and of their flops; nan if any is not finite."""
+
+
+@torch.inference_mode()
+def _predict(model: nn.Module, ema: nn.Module | None, batches: Iterable[batching.Batch]) -> Predictions:
+    top5, flop_top5, ema_top5, losses, errors = [], [], [], [], []
+    for batch in batches:
+        logits, flopped = model(batch.images), model(batch.images.flip(-1))
+        top5.append(_top_classes(logits))
+        flop_top5.append(_top_classes(flopped))
+        if ema is not None:
+            ema_top5.append(_top_classes(ema(batch.images)))
+        losses.append(F.cross_entropy(logits.double(), batch.labels, reduction="none").cpu())
+        errors.append(relative_error(flopped, logits))
+    return Predictions(
+        torch.cat(top5),
+        torch.cat(flop_top5),
+        torch.cat(ema_top5) if ema_top5 else None,
+        torch.cat(losses).mean().item(),
+        torch.tensor(errors).max().item(),
+    )
+
+
+def _top_classes(logits: Tensor) -> Tensor:
+    return logits.topk(min(5, logits.shape[1])).indices.cpu()
+
+
+def _accuracy_metrics(prefix: str, top5: Tensor, labels: Tensor) -> dict[str, float]:
+    hits = top5 == labels[:, None]
+    return {f"{prefix}top1_pct": _percent(hits[:, 0]), f"{prefix}top5_pct": _percent(hits.any(1))}
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * hits.double().mean().item()
+
+
+def _open_shards(experiment: Experiment) -> manifests.Shards:
+    return manifests.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
+
+
+def _select_device(experiment: Experiment) -> torch.device:
+    gpu = experiment.train.gpu is not False and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def _recipe_for_model(experiment: Experiment, model_name: str) -> Recipe:
+    """Returns a recipe with the model's test crop."""
+    runs = [experiment.recipe(name) for name, run in experiment.models.items() if run.model == model_name]
+    by_crop = {recipe_.test_crop_ratio: recipe_ for recipe_ in runs or experiment.recipes.values()}
+    if len(by_crop) != 1:
+        crops = " and ".join(map(str, sorted(by_crop)))
+        raise ConfigError(
+            f"params.yaml has recipes with test_crop_ratio {crops}, and the one for {model_name} is "
+            "ambiguous: give it one run, under models"
+        )
+    return next(iter(by_crop.values()))

@@ -1,0 +1,167 @@
+"""Writes the report: an HTML page, Markdown, figures and their data, metrics, and a card for every run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jinja2
+
+from flopeq.hub.model_card import TrainedRun, render_card
+from pipeline.base.config import Experiment
+from pipeline.reporting import figures, sweep_sections
+from pipeline.reporting.run_results import RunResult
+from pipeline.reporting.table import (
+    Table,
+    build_table,
+    flop_unit,
+    further_set_names,
+    has_metric,
+    param_unit,
+    summarize_runs,
+)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link from a row of the table to a file or page of its run."""
+
+    text: str
+    url: str
+    hint: str = ""
+
+
+def write_report(
+    experiment: Experiment,
+    results: Sequence[RunResult],
+    reports: Path = Path("reports"),
+    sweeps: Path = Path("sweeps"),
+    outputs: Path = Path("outputs"),
+    runs_url: str | None = None,
+    run_urls: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Table, Path]:
+    """Writes everything into `reports`. Returns the table and the page's path.
+
+    Args:
+        runs_url: address of all runs in MLflow.
+        run_urls: address of each run in MLflow, by its MLflow id.
+    """
+    table = build_table(results)
+    rendered_figures = figures.draw_figures(results, flop_unit(results), param_unit(results))
+    sections = sweep_sections.load_sections(sweeps)
+    for folder in ("figures", "cards"):
+        (reports / folder).mkdir(parents=True, exist_ok=True)
+    for figure in (*rendered_figures, *(figure for section in sections for figure in section.figures)):
+        (reports / "figures" / f"{figure.name}.png").write_bytes(figure.png)
+        (reports / "figures" / f"{figure.name}.csv").write_text(figure.csv, encoding="utf-8")
+    for result in results:
+        card_path(result, reports).write_text(render_run_card(result, experiment, outputs), encoding="utf-8")
+    content = {
+        "title": f"flopeq: {experiment.tracking.experiment}",
+        "table": table,
+        "links": {result.run: run_links(result, reports, outputs, run_urls) for result in results},
+        "runs": runs_url and Link("runs in MLflow", runs_url, f"all side by side{_local_ui_hint(runs_url)}"),
+        "summary": summarize_runs(results),
+        "notes": measurement_notes(experiment, results),
+        "figures": rendered_figures,
+        "sweeps": sections,
+    }
+    page = reports / "index.html"
+    page.write_text(render_template("report.html", **content), encoding="utf-8")
+    (reports / "report.md").write_text(render_template("report.md", **content), encoding="utf-8")
+    numbers = {result.run: result.all_metrics() for result in results}
+    (reports / "metrics.json").write_text(json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    return table, page
+
+
+def card_path(result: RunResult, reports: Path = Path("reports")) -> Path:
+    """Returns the path of a run's card."""
+    return reports / "cards" / f"{result.run}.md"
+
+
+def render_run_card(result: RunResult, experiment: Experiment, outputs: Path = Path("outputs")) -> str:
+    """Renders the model card of a run."""
+    side = experiment.data.image_size
+    config = experiment.resolved(result.run)
+    return render_card(
+        result.model,
+        config["args"],
+        (3, side, side),
+        result.all_metrics(),
+        weights="those of `weights.safetensors`",
+        conditions=result.throughput_conditions,
+        run=TrainedRun(config, result.metrics, result.run_info, result.failure),
+        run_folder=outputs / result.run,
+    )
+
+
+def run_links(result: RunResult, reports: Path, outputs: Path, run_urls: Mapping[str, str]) -> list[Link]:
+    """Returns links to a run's card, configuration and weights, if they exist, and to its MLflow run."""
+    folder = outputs / result.run
+    paths = {
+        "card": card_path(result, reports),
+        "config": folder / "config.yaml",
+        "weights": folder / "weights.safetensors",
+    }
+    found = [Link(name, os.path.relpath(path, reports)) for name, path in paths.items() if path.is_file()]
+    if url := run_urls.get(result.mlflow_run_id or ""):
+        found.append(Link("MLflow", url, f"run {result.mlflow_run_id}{_local_ui_hint(url)}"))
+    return found
+
+
+def _local_ui_hint(url: str) -> str:
+    return "; on this machine, after `make ui`" if url.startswith("http://127.0.0.1") else ""
+
+
+def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> list[str]:
+    """Returns notes on how the numbers were measured."""
+    train, data = experiment.train, experiment.data
+    settings = {result.throughput_conditions for result in results if result.throughput}
+    workers = f"{train.most_workers} worker{'s' if train.most_workers > 1 else ''}"
+    notes = [
+        f"Data: {data.name}, images of {data.image_size} × {data.image_size} pixels. Training: {workers} of "
+        f"{train.cpus_per_worker} CPU core{'s' if train.cpus_per_worker > 1 else ''}, mixed precision {train.amp}, "
+        f"{'compiled' if train.compile else 'eager'}; the weights are those of the epoch with the best top-1.",
+        "FLOPs: one image's forward pass in the paper's convention, in which a multiply-add counts 1 and "
+        "element-wise operations count too; MACs count multiply-adds only.",
+        "Flop agreement: validation images with the same top-1 class as their mirror image. Equivariance error: "
+        "the largest relative change of the logits under mirroring.",
+        f"Throughput: forward passes without gradients, {'; '.join(sorted(settings)) or 'not measured'}; the "
+        f"median of {experiment.throughput.runs} passes after {experiment.throughput.warmup} warm-up passes, "
+        "alternating between the models.",
+        "Throughput ratio: E or H over X. FLOP ratio: X over E or H. Share: the first over the second, the "
+        "fraction of the saved FLOPs that becomes speed.",
+        f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
+    ]
+    if has_metric(results, "val/ema_top1_pct"):
+        notes.append(
+            "EMA: the moving average of the weights, at its own best epoch; all other numbers are of the plain weights."
+        )
+    if has_metric(results, "val/real_top1_pct"):
+        notes.append("ReaL: ImageNet's reassessed labels (Beyer et al. 2020), an image may have several.")
+    if sets := further_set_names(results):
+        notes.append(f"Further validation, not used for training or model selection: {', '.join(sets)}.")
+    if any(result.paper for result in results):
+        notes.append(
+            "The paper's columns (Bökman et al. 2025, Table 1): ImageNet-1K; one A100-40GB, batch 64, "
+            "compiled, mixed precision."
+        )
+    return notes
+
+
+def render_template(template: str, **content: Any) -> str:
+    """Renders a template from templates/, with HTML escaping for .html."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=template.endswith(".html"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)

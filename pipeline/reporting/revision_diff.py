@@ -1,0 +1,190 @@
+"""Compares two states of the experiment: revisions, DVC experiments, copies of the folder, or the workspace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.reporting.page import render_template
+from pipeline.reporting.table import MISSING, Cell, Formatter, Row, Table, fixed_point, format_error
+
+METRICS = "reports/metrics.json"
+
+PARAMS = "params.yaml"
+
+_HEADINGS: dict[str, tuple[str, Formatter]] = {
+    "val/top1_pct": ("top-1 %", fixed_point(1)),
+    "val/flop_agreement_pct": ("flop agreement %", fixed_point(1)),
+    "complexity/params_m": ("params (M)", "{:.3g}".format),
+    "complexity/gflops": ("GFLOPs", "{:.3g}".format),
+    "perf/forward_img_per_s": ("images/s", fixed_point(0)),
+    "perf/throughput_ratio": ("throughput ratio", fixed_point(2)),
+}
+"""Columns of the page. The list of differences has all metrics."""
+
+
+class CompareError(ValueError):
+    """A state to compare does not exist. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One side of a comparison."""
+
+    name: str
+    metrics: Mapping[str, Mapping[str, float | bool]]
+    """The numbers of metrics.json by run."""
+    params: Mapping[str, Any]
+    """params.yaml."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric or a setting that differs between the two sides. None: missing on that side."""
+
+    run: str
+    """The run; empty for a setting."""
+    name: str
+    before: Any
+    after: Any
+
+    @property
+    def change(self) -> float | None:
+        known = [
+            side for side in (self.before, self.after) if isinstance(side, int | float) and not isinstance(side, bool)
+        ]
+        return known[1] - known[0] if len(known) == 2 else None
+
+
+def load_revision(where: str | None) -> Revision:
+    """Loads the state at a revision or in a folder; None: the workspace.
+
+    Raises: CompareError for an unknown revision, or one without metrics.
+    """
+    folder = Path(where or ".")
+    if folder.is_dir():
+        found = folder / METRICS
+        if not found.is_file():
+            raise CompareError(f"{found} not found: `make repro` writes it")
+        params = (folder / PARAMS).read_text() if (folder / PARAMS).is_file() else ""
+        return _parse_revision(folder.resolve().name if where else "now", found.read_text(), params)
+    assert where is not None
+    return _parse_revision(where, _read_at_revision(where, METRICS), _read_at_revision(where, PARAMS))
+
+
+def find_differences(before: Revision, after: Revision) -> list[Difference]:
+    """Returns the settings that differ, then the metrics of each run that differ."""
+    found = _compare_params(before.params, after.params)
+    for run in _run_names(before, after):
+        if run not in before.metrics or run not in after.metrics:
+            found.append(Difference(run, "the run", before.metrics.get(run), after.metrics.get(run)))
+            continue
+        old, new = before.metrics[run], after.metrics[run]
+        found += [Difference(run, name, old.get(name), new.get(name)) for name in dict.fromkeys((*old, *new))]
+    return [difference for difference in found if difference.before != difference.after]
+
+
+def build_comparison_table(before: Revision, after: Revision) -> Table:
+    """Builds a table with a row per run and, for each known metric, both sides and the change."""
+    known = {key for side in (before, after) for numbers in side.metrics.values() for key in numbers}
+    keys = [key for key in _HEADINGS if key in known]
+    rows = []
+    for run in _run_names(before, after):
+        cells = [Cell(run, run)]
+        for key in keys:
+            formatter = _HEADINGS[key][1]
+            both = [side.metrics.get(run, {}).get(key) for side in (before, after)]
+            change = Difference(run, key, *both).change
+            cells += [_make_cell(value, formatter) for value in both]
+            cells.append(Cell(MISSING) if change is None else Cell(format_change(change, formatter), change))
+        rows.append(Row(run, tuple(cells)))
+    return Table(
+        groups=(("", 1), *((_HEADINGS[key][0], 3) for key in keys)),
+        columns=("run", *(name for _ in keys for name in (before.name, after.name, "change"))),
+        rows=tuple(rows),
+        num_text_columns=1,
+    )
+
+
+def write_comparison(before: Revision, after: Revision, reports: Path = Path("reports")) -> Path:
+    """Writes comparison.html and returns its path."""
+    page = reports / "comparison.html"
+    found = find_differences(before, after)
+    listed = [(d.run, d.name, format_value(d.before), format_value(d.after)) for d in found]
+    page.write_text(
+        render_template(
+            "comparison.html",
+            title=f"flopeq: {before.name} and {after.name}",
+            table=build_comparison_table(before, after),
+            columns=(before.name, after.name),
+            settings=[row[1:] for row in listed if not row[0]],
+            numbers=[row for row in listed if row[0]],
+        ),
+        encoding="utf-8",
+    )
+    return page
+
+
+def format_value(value: Any) -> str:
+    """Formats a metric or a setting."""
+    if value is None:
+        return MISSING
+    if isinstance(value, Mapping):
+        return "there"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return format_error(value) if 0 < abs(value) < 1e-3 else f"{value:,.6g}"
+
+
+def format_change(change: float, formatter: Formatter) -> str:
+    """Formats a change, or `=` if there is none."""
+    return f"{'+' if change > 0 else '-'}{formatter(abs(change))}" if change else "="
+
+
+def _read_at_revision(revision: str, path: str) -> str:
+    """Reads a file at a revision, from git or DVC's cache."""
+    import dvc.api
+    from dvc.exceptions import DvcException
+    from dvc.scm import RevError
+
+    try:
+        return dvc.api.read(path, rev=revision)
+    except RevError:
+        raise CompareError(
+            f"{revision!r} is neither a revision, nor a DVC experiment, nor a folder; `git log --oneline` "
+            "and `dvc exp show` list them"
+        ) from None
+    except (DvcException, FileNotFoundError) as cause:
+        raise CompareError(
+            f"{revision} has no {path}: commit dvc.lock after a `make repro`, and keep DVC's cache "
+            f"({type(cause).__name__})"
+        ) from None
+
+
+def _parse_revision(name: str, metrics: str, params: str) -> Revision:
+    return Revision(name, json.loads(metrics), yaml.safe_load(params) or {})
+
+
+def _compare_params(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    """Returns the outermost keys that differ: of a new model, only its name."""
+    found = []
+    for key in dict.fromkeys((*before, *after)):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _compare_params(old, new, f"{prefix}{key}.")
+        else:
+            found.append(Difference("", f"{prefix}{key}", old, new))
+    return found
+
+
+def _run_names(before: Revision, after: Revision) -> list[str]:
+    return list(dict.fromkeys((*after.metrics, *before.metrics)))
+
+
+def _make_cell(value: float | None, formatter: Formatter) -> Cell:
+    return Cell(MISSING) if value is None else Cell(formatter(value), value)

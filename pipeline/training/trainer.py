@@ -1,0 +1,279 @@
+"""Trains a run of the experiment with Ray Train and writes outputs/<run>.
+
+The fingerprint of a configuration names its checkpoint folder, and `run.json` there holds its MLflow run. A training of
+the same configuration resumes from the latest checkpoint, in the same MLflow run, however it ended before. A finished
+training only writes its outputs again. A different configuration starts from the beginning.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import yaml
+from ray.train.torch import TorchTrainer
+from safetensors.torch import save_file
+
+from pipeline import cluster
+from pipeline.base.config import Experiment
+from pipeline.base.errors import ConfigError
+from pipeline.base.files import write_json
+from pipeline.shards import manifests
+from pipeline.training import loop, recipe, report_log
+from pipeline.training.checkpoints import CheckpointManager
+from pipeline.training.fingerprint import compute_fingerprint
+from pipeline.training.run_directory import RAY_RUN_PREFIX, RunDirectory
+from pipeline.training.worker import WorkerTask, train_loop_per_worker
+
+logger = logging.getLogger(__name__)
+
+HISTORY_COLUMNS = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
+
+EMA_HISTORY_COLUMNS = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
+
+WEIGHTS_FILES = {loop.WEIGHTS: "weights.safetensors", loop.EMA_WEIGHTS: "weights_ema.safetensors"}
+
+_MAX_FAILURES = 3  # of workers or nodes, without progress in between
+
+
+def train_run(experiment: Experiment, run_name: str) -> None:
+    """Trains or resumes a run and writes outputs/<run>/, the outs of the stage `train@<run>`.
+
+    Raises:
+        ConfigError, ShardError, ClusterError: for invalid parameters, data or cluster.
+    """
+    shards = manifests.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
+    settings, configuration = experiment.train, experiment.resolved(run_name)
+    # These checks would otherwise fail late, on the workers.
+    recipe.check_recipe(experiment.recipe(run_name), experiment.data, settings)
+    _build_model(experiment, run_name, shards.num_classes, device="meta")
+    cluster.connect(cpus=settings.least_workers * settings.cpus_per_worker)
+    gpu = _use_gpu(experiment)
+    run_dir = RunDirectory.for_run(experiment, run_name, compute_fingerprint(configuration, shards))
+    saved_run = run_dir.resume_or_create()
+    checkpoints = CheckpointManager(run_dir.checkpoints_location, keep=settings.keep_checkpoints)
+    task = WorkerTask(experiment, run_name, str(Path.cwd()), run_dir.checkpoints_location, run_dir.stop_file)
+    scaling = ray.train.ScalingConfig(
+        num_workers=settings.workers,
+        use_gpu=gpu,
+        resources_per_worker={"CPU": settings.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+    )
+
+    from pipeline import track  # imported only once the run is sure to start: MLflow takes seconds
+
+    with _stop_on_sigterm(run_dir):
+        mlflow_run_id = track.start_run(experiment, run_name, resume=saved_run.get("mlflow_run_id"))
+        run_dir.save_status(mlflow_run_id, "running")
+        status = "interrupted"
+        try:
+            with report_log.follow_reports(
+                run_dir.report_log, _make_report_handler(experiment, run_name, mlflow_run_id)
+            ) as callback:
+                outcome = _fit_with_restarts(task, scaling, run_dir.storage, callback, checkpoints)
+            track.log_epochs(mlflow_run_id, outcome["history"])  # those missing after an interruption
+            if outcome["status"] == "stopped":
+                logger.warning("%s was stopped and saved a checkpoint: the same command resumes from it", run_name)
+                sys.exit(128 + signal.SIGTERM)
+            status = outcome["status"]
+            weights = _load_best_weights(
+                checkpoints, outcome, lambda: _build_model(experiment, run_name, shards.num_classes)
+            )
+            _write_outputs(Path("outputs") / run_name, configuration, outcome, weights, run_dir, mlflow_run_id)
+            run_dir.save_status(mlflow_run_id, status)
+        finally:
+            run_dir.cleanup()
+            track.end_run(mlflow_run_id, status)
+
+
+def _fit_with_restarts(
+    task: WorkerTask,
+    scaling: ray.train.ScalingConfig,
+    storage: str,
+    callback: report_log.ReportLog,
+    checkpoints: CheckpointManager,
+) -> dict[str, Any]:
+    """Returns the result of rank 0. Restarts after worker and node failures as long as training makes progress.
+
+    Raises: the workers' error, if it is one of ours (ConfigError, ShardError, ...); otherwise Ray's.
+    """
+    while True:
+        before = checkpoints.list_names()
+        trainer = SigintSafeTrainer(
+            lambda: train_loop_per_worker(task),
+            scaling_config=scaling,
+            run_config=ray.train.RunConfig(
+                name=f"{RAY_RUN_PREFIX}{time.time_ns()}",  # new each time, so that Ray restores nothing
+                storage_path=storage,
+                failure_config=ray.train.FailureConfig(max_failures=_MAX_FAILURES),
+                callbacks=[callback],
+            ),
+        )
+        try:
+            outcome = trainer.fit().return_value
+        except ray.train.TrainingFailedError as error:
+            for cause in _worker_errors(error):
+                if type(cause).__module__.startswith("pipeline."):
+                    raise cause from None
+            if checkpoints.list_names()[-1:] == before[-1:]:
+                raise
+            logger.warning("%d failures: restarting from the latest checkpoint", _MAX_FAILURES + 1)
+        else:
+            assert outcome is not None  # rank 0 has returned
+            return outcome
+
+
+def _worker_errors(error: Exception) -> list[BaseException]:
+    """Returns the errors that the workers raised."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return [getattr(failure, "_base_exc", failure) for failure in failures]
+
+
+@contextmanager
+def _stop_on_sigterm(run_dir: RunDirectory) -> Iterator[None]:
+    """Requests the workers to stop on SIGTERM, which a preempted job receives."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: run_dir.request_stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class SigintSafeTrainer(TorchTrainer):
+    """A TorchTrainer without Ray's Ctrl-C handler."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Does nothing: Ray's handler may exit with status 0. Python's own ends the driver, and with it Ray's job."""
+
+
+def _use_gpu(experiment: Experiment) -> bool:
+    """Whether each worker gets a GPU. Raises ClusterError if the cluster is too small; Ray would wait forever."""
+    settings, available = experiment.train, ray.cluster_resources()
+    gpu = available.get("GPU", 0) > 0 if settings.gpu == "auto" else settings.gpu
+    workers = settings.least_workers
+    for kind, needed in (("CPU", workers * settings.cpus_per_worker), ("GPU", workers * gpu)):
+        if available.get(kind, 0) < needed:
+            raise cluster.ClusterError(
+                f"train.workers {workers} x train.cpus_per_worker {settings.cpus_per_worker} needs {needed} "
+                f"{kind}s, but the Ray cluster has {available.get(kind, 0):.0f}: lower them, or unset RAY_ADDRESS"
+            )
+    if settings.amp == "fp16" and not gpu:
+        raise ConfigError("train.amp: fp16 needs a GPU; on CPU use bf16 or off")
+    return gpu
+
+
+def _build_model(experiment: Experiment, run_name: str, num_classes: int, device: str = "cpu") -> torch.nn.Module:
+    return recipe.build_model(
+        experiment.run(run_name),
+        experiment.recipe(run_name),
+        num_classes=num_classes,
+        seed=experiment.seed_of(run_name),
+        device=device,
+    )
+
+
+def _make_report_handler(experiment: Experiment, run_name: str, mlflow_run_id: str) -> Callable[[dict[str, Any]], None]:
+    """Returns a function that logs each report and sends the metrics of an epoch to MLflow."""
+    from pipeline import track
+
+    recipe_, eta_start = experiment.recipe(run_name), []
+
+    def handle_report(entry: dict[str, Any]) -> None:
+        if "failed" in entry:
+            failures = "; ".join(f"rank {rank}: {message}" for rank, message in entry["failed"].items())
+            logger.warning("%s lost workers and restarts them (%s)", run_name, failures)
+        elif "start_step" in entry:
+            eta_start.clear()
+            _log_start(run_name, entry, recipe_.global_batch_size)
+        else:
+            now, epoch, left = time.monotonic(), entry["epoch"], recipe_.epochs - entry["epoch"] - 1
+            eta_start[:] = eta_start or [epoch, now]
+            eta = "" if epoch <= eta_start[0] else f"  ETA {(now - eta_start[1]) / (epoch - eta_start[0]) * left:.0f} s"
+            logger.info(
+                "%s  epoch %d/%d  lr %.2e  loss %.4f  top-1 %.2f %%  %.0f img/s%s",
+                run_name,
+                epoch + 1,
+                recipe_.epochs,
+                entry["lr"],
+                entry["train/loss"],
+                entry["val/top1_pct"],
+                entry["perf/img_per_s"],
+                eta,
+            )
+            track.log_epoch(mlflow_run_id, entry)
+
+    return handle_report
+
+
+def _log_start(run_name: str, entry: dict[str, Any], global_batch_size: int) -> None:
+    for name, fault in entry["passed_over"].items():
+        logger.warning("%s: checkpoint %s is skipped: %s", run_name, name, fault)
+    logger.info(
+        "%s %s step %d of %d  workers %d  images %d per step, %d per forward pass and worker",
+        run_name,
+        "resumes from" if entry["start_step"] else "starts at",
+        entry["start_step"],
+        entry["steps"],
+        entry["workers"],
+        global_batch_size,
+        entry["batch_size"],
+    )
+
+
+def _load_best_weights(
+    checkpoints: CheckpointManager, outcome: dict[str, Any], initial: Callable[[], torch.nn.Module]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the best weights of each name, from the last checkpoint or, without one, the initial weights."""
+    latest = checkpoints.latest()
+    if latest is not None:
+        return checkpoints.load(latest)[1]
+    return {name: loop.copy_weights(initial()) for name in outcome["best_epoch"]}
+
+
+def _write_outputs(
+    folder: Path,
+    configuration: dict[str, Any],
+    outcome: dict[str, Any],
+    weights: dict[str, dict[str, torch.Tensor]],
+    run_dir: RunDirectory,
+    mlflow_run_id: str,
+) -> None:
+    """Writes weights.safetensors, weights_ema.safetensors, history.csv, config.yaml and run.json."""
+    if outcome["status"] == "diverged":
+        logger.warning("%s diverged: %s", configuration["run"], outcome["message"])
+    for name, tensors in weights.items():
+        save_file(tensors, folder / WEIGHTS_FILES[name])
+    ema_columns = EMA_HISTORY_COLUMNS if loop.EMA_WEIGHTS in outcome["best_epoch"] else ()
+    with (folder / "history.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, (*HISTORY_COLUMNS, *ema_columns), lineterminator="\n")
+        table.writeheader()
+        table.writerows(outcome["history"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False))
+    from pipeline import track
+
+    files = [folder / file for file in (*(WEIGHTS_FILES[name] for name in weights), "config.yaml")]
+    track.log_results(mlflow_run_id, {}, files)
+    write_json(
+        folder / "run.json",
+        {
+            "run": configuration["run"],
+            "mlflow_run_id": mlflow_run_id,
+            "fingerprint": run_dir.fingerprint,
+            "status": outcome["status"],
+            "message": outcome["message"],
+            "best_epoch": outcome["best_epoch"][loop.WEIGHTS],
+        },
+    )

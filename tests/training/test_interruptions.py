@@ -1,0 +1,521 @@
+"""Nothing is lost: trainings that are killed, stopped or damaged go on from where they were, to the same weights."""
+
+from __future__ import annotations
+
+import _thread
+import csv
+import functools
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+from moto.server import ThreadedMotoServer
+from pyarrow.fs import FileSelector, FileSystem, FileType
+from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline import track
+from pipeline.base import config
+from pipeline.packing import pack
+from pipeline.packing.sources import digits
+from pipeline.training import trainer
+from pipeline.training.checkpoints import CheckpointManager
+from tests.conftest import params_with_runs, ray_cluster
+from tests.training import paused_training
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*"),  # Ray warns of its own use of itself
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+EPOCHS, PER_EPOCH, EVERY = 2, 22, 3  # 1,437 images in batches of 64; steps between checkpoints
+
+LIMIT_S = 240  # far beyond what anything takes on two idle cores
+
+
+# The Ray cluster, and folders to work in
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A bucket of a local server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        FileSystem.from_uri("s3://bucket?allow_bucket_creation=true")[0].create_dir("bucket")
+        yield "s3://bucket/flopeq"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(s3: str) -> Iterator[Cluster]:
+    """A cluster of two nodes, the head with one core and a `second` one."""
+    noticing = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+    with ray_cluster(num_cpus=1, _system_config=noticing) as cluster:
+        yield cluster
+
+
+def second(cluster: Cluster, cpus: int) -> Any:
+    """The second node, with so many cores: the one that is there, or another one."""
+    for node in list(cluster.worker_nodes):
+        if node._ray_params.num_cpus == cpus:
+            return node
+        cluster.remove_node(node)
+    return cluster.add_node(num_cpus=cpus)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the digits' shards, an experiment of one small run, and MLflow's empty database."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        params = params_with_runs("vit")
+        params["recipes"]["digits"] |= {
+            "epochs": EPOCHS,
+            "warmup_epochs": 1,
+            "drop_path": 0.2,
+            "mixup_alpha": 0.2,
+            "random_erasing": 0.25,
+            "ema_decay": 0.9,
+        }
+        params["train"] |= {"gpu": False, "checkpoint_steps": EVERY}
+        write(params)
+        data = config.load_experiment().data
+        digits.write_digits(Path(data.source))
+        pack.pack_source(data.source, data.shards, images_per_shard=512, seed=0)
+        MlflowClient(track.tracking_uri()).search_experiments()
+    return folder
+
+
+@pytest.fixture
+def place(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the template as the working directory, where trainings wait as their trial says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "train_loop_per_worker", paused_training.train_loop_per_worker)
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def reference_run(cluster: Cluster, template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outputs]:
+    """What a training leaves that nothing happened to, by number of workers and other settings."""
+
+    @functools.cache
+    def of(workers: int, float64: bool = False) -> Outputs:
+        with pytest.MonkeyPatch.context() as patch:
+            folder = tmp_path_factory.mktemp("reference_run")
+            shutil.copytree(template, folder, dirs_exist_ok=True)
+            patch.chdir(folder)
+            patch.setattr(trainer, "train_loop_per_worker", paused_training.train_loop_per_worker)
+            second(cluster, max(1, workers - 1))
+            prepare_trial(workers=workers, float64=float64)
+            trainer.train_run(config.load_experiment(), "vit")
+            return outputs()
+
+    return of
+
+
+def write(params: dict[str, Any]) -> None:
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+def prepare_trial(
+    *, workers: int | list[int] = 1, storage: str = "outputs", float64: bool = False, **wait: int
+) -> None:
+    """An experiment for so many workers, one of which waits at a step (`rank`, `step`) if any shall."""
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["train"]["workers"], params["storage"] = workers, storage
+    if float64:
+        params["recipes"]["digits"]["drop_path"] = 0.0
+    write(params)
+    Path("trial.json").write_text(json.dumps({"float64": float64, **wait}))
+
+
+# What tests do, and look at
+
+
+def pause_settings(name: str, *, workers: int = 1, least: int = EVERY + 1) -> dict[str, int]:
+    """A rank and a step past the first checkpoint, drawn by the name of a test."""
+    generator = random.Random(name)
+    wait = {"rank": generator.randrange(workers), "step": generator.randrange(least, EPOCHS * PER_EPOCH)}
+    print(f"{name}: rank {wait['rank']} waits at step {wait['step']}")
+    return wait
+
+
+@contextmanager
+def interrupted(disturb: Callable[[int], None]) -> Iterator[None]:
+    """Calls `disturb` once, in a thread, with the id of the process that paused at its step. Its error ends all."""
+    failures: list[Exception] = []
+
+    def lurk() -> None:
+        try:
+            disturb(wait_until_paused())
+        except Exception as error:
+            failures.append(error)
+            _thread.interrupt_main()
+
+    thread = threading.Thread(target=lurk)
+    thread.start()
+    try:
+        yield
+        thread.join()
+    except KeyboardInterrupt:
+        if failures:
+            raise failures[0] from None
+        raise
+
+
+def wait_until_paused(driver: subprocess.Popen[str] | None = None) -> int:
+    until(lambda: Path("reached").exists() or (driver and driver.poll() is not None))
+    assert Path("reached").exists(), driver and wait_for_exit(driver)
+    return int(Path("reached").read_text())
+
+
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+
+
+def until(ready: Callable[[], object], limit_s: float = LIMIT_S) -> None:
+    give_up = time.monotonic() + limit_s
+    while not ready():
+        assert time.monotonic() < give_up, f"not within {limit_s} s; {descendants()}"
+        time.sleep(0.05)
+
+
+def start(*command: str, **settings: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings
+    )
+
+
+def wait_for_exit(process: subprocess.Popen[str]) -> str:
+    """Waits for the process to exit and returns its output."""
+    return process.communicate(timeout=LIMIT_S)[0]
+
+
+def steps() -> list[int]:
+    """Of the checkpoints that are whole."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in Path().glob("**/steps/*/complete.json"))
+
+
+class Outputs(NamedTuple):
+    weights: dict[str, Tensor]
+    history: list[dict[str, str]]
+
+
+def outputs() -> Outputs:
+    """Best weights, last weights and average of a finished training, and its history without its speed."""
+    folder = Path("outputs/vit")
+    best = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+    weights = {f"{kind}.{name}": weight for kind, state in best.items() for name, weight in state.items()}
+    note = json.loads((folder / "run.json").read_text())
+    assert note["status"] == "finished"
+    storage = config.load_experiment().storage
+    checkpoints = CheckpointManager(f"{storage}/vit/checkpoints/{note['fingerprint']}/steps", keep=2)
+    state = checkpoints.load(f"step-{EPOCHS * PER_EPOCH:08d}")[0]
+    weights |= {f"{part}.{name}": weight for part in ("model", "ema") for name, weight in state[part].items()}
+    with (folder / "history.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return Outputs(weights, [{key: value for key, value in row.items() if key != "perf/img_per_s"} for row in rows])
+
+
+def assert_identical(found: Outputs, expected: Outputs) -> None:
+    assert found.history == expected.history
+    assert len(found.weights) > 40 and found.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert torch.equal(found.weights[name], weight), name
+
+
+def assert_one_whole_mlflow_run() -> None:
+    client = MlflowClient(track.tracking_uri())
+    [experiment] = [experiment for experiment in client.search_experiments() if experiment.name == "digits"]
+    [run] = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    for metric in (*track.EPOCH_METRICS, *track.EMA_METRICS):
+        told = [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+        assert told == list(range(EPOCHS)), metric
+
+
+def assert_nothing_left(keep: int = 2) -> None:
+    """No process or placement group on the cluster, no half-written file or note of Ray's."""
+    until(lambda: not re.findall(r"ray::(?:RayTrainW|TrainC)\w*", " ".join(descendants())), 15)
+    until(lambda: all(group["state"] == "REMOVED" for group in placement_group_table().values()), 15)
+    names = " ".join(path.name for path in Path("outputs/vit").rglob("*"))
+    assert not re.search(r"\bray-|\bstop\b|journal|partial", names), names
+    folders = [path for path in Path("outputs/vit").glob("**/steps/*")]
+    assert len(steps()) == len(folders) <= keep
+
+
+def descendants() -> list[str]:
+    """Command lines of the processes that this one has started, and those of these."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def resumed(told: str) -> list[int]:
+    """The steps from which a training went on, as the terminal says."""
+    return [int(step) for step in re.findall(r"vit resumes from step (\d+) of 44", told)]
+
+
+# Killed, stopped, damaged
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_killed_worker_resumes_to_the_same_weights(cluster, reference_run, place, caplog, workers):
+    caplog.set_level(logging.INFO, "pipeline")
+    wait = pause_settings(f"kill a worker of {workers}", workers=workers)
+    expected = reference_run(workers)
+    second(cluster, max(1, workers - 1))
+    prepare_trial(workers=workers, **wait)
+    with interrupted(kill):
+        trainer.train_run(config.load_experiment(), "vit")
+    assert_identical(outputs(), expected)
+    [step] = resumed(caplog.text)
+    assert 0 < step <= wait["step"] < step + 2 * EVERY
+    assert "vit lost workers" in caplog.text and caplog.text.count("\n") < 15
+    assert_one_whole_mlflow_run()
+    assert_nothing_left()
+
+
+def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster, reference_run, place, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
+    wait, expected = pause_settings("kill the driver"), reference_run(1)
+    prepare_trial(**wait)
+    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with start("tests.training.paused_training", "vit", env=alone) as driver:  # with a cluster of its own
+        wait_until_paused(driver)
+        [process] = [process for process in psutil.Process().children() if process.pid == driver.pid]
+        started = process.children(recursive=True)
+        assert len(started) > 3
+        driver.kill()
+        wait_for_exit(driver)
+    assert not Path("outputs/vit/run.json").exists()
+    trainer.train_run(config.load_experiment(), "vit")
+    assert_identical(outputs(), expected)
+    [step] = resumed(caplog.text)
+    assert 0 < step <= wait["step"]
+    assert_one_whole_mlflow_run()
+    assert_nothing_left()
+    assert not psutil.wait_procs(started, timeout=60)[1]  # Ray's agents take half a minute to see that they are alone
+
+
+def test_a_replaced_node_resumes_to_the_same_weights(cluster, reference_run, place, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "pipeline")
+    wait, expected = pause_settings("lose a node", workers=2), reference_run(2)
+    node = second(cluster, 1)
+    prepare_trial(workers=2, **wait)
+    monkeypatch.setattr(cluster, "_shutdown_at_exit", False)  # for that, Ray sets signal handlers: not in this thread
+
+    def replace(_: int) -> None:
+        cluster.remove_node(node, allow_graceful=False)
+        time.sleep(2)
+        second(cluster, 1)
+
+    with interrupted(replace):
+        trainer.train_run(config.load_experiment(), "vit")
+    assert_identical(outputs(), expected)
+    [step] = resumed(caplog.text)
+    assert 0 < step <= wait["step"]
+    assert_one_whole_mlflow_run()
+    assert_nothing_left()
+
+
+def test_a_lost_node_that_is_not_replaced_leaves_the_same_mathematics(
+    cluster, reference_run, place, caplog, monkeypatch
+):
+    caplog.set_level(logging.INFO, "pipeline")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")  # for the second worker, which Ray waits for
+    wait, expected = pause_settings("lose a node for good", workers=2), reference_run(1, float64=True)
+    node = second(cluster, 1)
+    prepare_trial(workers=[1, 2], float64=True, **wait)
+    with interrupted(lambda _: cluster.remove_node(node, allow_graceful=False)):
+        trainer.train_run(config.load_experiment(), "vit")
+    found = outputs()
+    for name, weight in expected.weights.items():
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-10)
+    [step] = resumed(caplog.text)
+    assert 0 < step <= wait["step"]
+    assert "workers 2" in caplog.text and "workers 1" in caplog.text.split("resumes from")[1]
+    assert_one_whole_mlflow_run()
+    assert_nothing_left()
+
+
+def test_a_training_asked_to_stop_leaves_a_checkpoint_of_its_very_step(cluster, reference_run, place, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
+    wait, expected = pause_settings("stop", workers=2), reference_run(2)
+    second(cluster, 1)
+    prepare_trial(workers=2, **wait)
+    with start("tests.training.paused_training", "vit") as driver:
+        wait_until_paused(driver)
+        driver.send_signal(signal.SIGTERM)
+        until(lambda: list(Path("outputs/vit").rglob("stop")))
+        time.sleep(2)  # rank 0 looks once a second
+        Path("released").touch()
+        told = wait_for_exit(driver)
+    assert driver.returncode == 143, told
+    assert "the same command resumes" in told and "Traceback" not in told
+    assert wait["step"] < steps()[-1] <= wait["step"] + 3
+    assert_nothing_left()
+    trainer.train_run(config.load_experiment(), "vit")
+    [step] = resumed(caplog.text)
+    assert wait["step"] < step
+    assert_identical(outputs(), expected)
+    assert_one_whole_mlflow_run()
+    assert_nothing_left()
+
+
+def test_a_truncated_checkpoint_is_skipped_with_a_warning(cluster, reference_run, place, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
+    wait, expected = pause_settings("cut", least=2 * EVERY + 2), reference_run(1)
+    prepare_trial(**wait)
+    there = []
+
+    def cut(process: int) -> None:
+        until(lambda: len(steps()) == 2 and steps()[-1] > wait["step"] - 2 * EVERY)
+        there.extend(steps())
+        state = next(Path("outputs/vit").rglob(f"step-{there[-1]:08d}/state.pt"))
+        os.truncate(state, state.stat().st_size // 2)
+        kill(process)
+
+    with interrupted(cut):
+        trainer.train_run(config.load_experiment(), "vit")
+    assert resumed(caplog.text) == there[:1]
+    assert f"checkpoint step-{there[1]:08d} is skipped: state.pt has" in caplog.text
+    assert_identical(outputs(), expected)
+    assert_nothing_left()
+
+
+def test_checkpoints_at_s3_survive_a_killed_worker_too(cluster, s3, reference_run, place, caplog):
+    caplog.set_level(logging.INFO, "pipeline")
+    wait, expected = pause_settings("s3", workers=2, least=3 * EVERY), reference_run(2)
+    second(cluster, 1)
+    prepare_trial(workers=2, storage=s3, **wait)
+    Path("anywhere").touch()  # the trial cannot see these checkpoints
+
+    def kill_later(process: int) -> None:
+        files, root = FileSystem.from_uri(s3)
+        until(
+            lambda: any(
+                path.base_name == "complete.json" for path in files.get_file_info(FileSelector(root, recursive=True))
+            )
+        )
+        kill(process)
+
+    with interrupted(kill_later):
+        trainer.train_run(config.load_experiment(), "vit")
+    assert_identical(outputs(), expected)
+    [step] = resumed(caplog.text)
+    assert 0 < step <= wait["step"]
+    files, root = FileSystem.from_uri(s3)
+    found = [entry for entry in files.get_file_info(FileSelector(root, recursive=True)) if entry.type == FileType.File]
+    assert len([entry for entry in found if entry.base_name == "complete.json"]) == 2
+    assert not [entry.path for entry in found if "/ray-" in entry.path or "/stop" in entry.path]
+    assert_one_whole_mlflow_run()
+    assert_nothing_left()
+
+
+# Under DVC
+
+
+@pytest.fixture
+def project(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place with what DVC runs, where the stage `train` is a trial's."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # stages say `python`
+    # In it DVC runs its stages; dash would stay in between and end by the signal itself, with its own status.
+    monkeypatch.setenv("SHELL", str(shutil.which("bash")))
+    for name in ("flopeq", "pipeline", "stages", "dvc.yaml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, place / name)
+    Path("stages/train.py").write_text(
+        "from stages import run_stage\nfrom tests.training.paused_training import run\n\nrun_stage(run)\n"
+    )
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
+    return place
+
+
+def test_the_whole_pipeline_stopped_by_sigterm_and_then_by_ctrl_c_goes_on_where_it_was(cluster, reference_run, project):
+    expected = reference_run(1)
+    first, then = sorted(random.Random("dvc").sample(range(EVERY + 1, EPOCHS * PER_EPOCH - 4, 4), 2))
+    prepare_trial(rank=0, step=first)
+    with start("stages.repro") as repro:
+        wait_until_paused(repro)
+        trained = next(path for path in Path().glob("outputs/vit/checkpoints/*") if path.is_dir())
+        repro.send_signal(signal.SIGTERM)
+        until((trained / "stop").exists)
+        time.sleep(2)  # rank 0 looks once a second
+        Path("released").touch()
+        told = wait_for_exit(repro)
+    assert repro.returncode == 143, told
+    assert first < steps()[-1] <= first + 3
+    assert_nothing_left()
+
+    for name in ("reached", "released"):
+        Path(name).unlink()
+    prepare_trial(rank=0, step=then)
+    repeat = ("dvc", "repro", "--single-item", "train@vit")
+    with start(*repeat, start_new_session=True) as dvc:
+        wait_until_paused(dvc)
+        since = time.monotonic()
+        os.killpg(dvc.pid, signal.SIGINT)  # as a terminal sends it
+        told = wait_for_exit(dvc)
+        assert time.monotonic() - since < 15
+    assert dvc.returncode != 0 and "exited with 130" in told, told
+    [went_on] = resumed(told)
+    assert went_on > first
+    assert_nothing_left()
+
+    with start(*repeat) as dvc:
+        told = wait_for_exit(dvc)
+    assert dvc.returncode == 0, told
+    [went_on] = resumed(told)
+    assert first < went_on <= then
+    assert_identical(outputs(), expected)
+    assert_one_whole_mlflow_run()
+    assert_nothing_left()
+
+
+def test_a_stage_that_dvc_runs_gets_the_sigterm_of_the_pipeline(project):
+    Path("stages/slow.py").write_text(
+        "import os, signal, sys, time\nfrom pathlib import Path\nfrom stages import run_stage\n\n"
+        "def stop(*_):\n    time.sleep(1)\n    Path('stopped').touch()\n    sys.exit(143)\n\n"
+        "def run():\n    signal.signal(signal.SIGTERM, stop)\n\n"
+        "    Path('reached.partial').write_text(str(os.getpid()))\n"
+        "    Path('reached.partial').rename('reached')\n    time.sleep(60)\n\nrun_stage(run)\n"
+    )
+    Path("dvc.yaml").write_text("stages:\n  slow:\n    cmd: python -m stages.slow\n")
+    with subprocess.Popen([sys.executable, "-c", "from stages import repro; repro._run_dvc('repro')"]) as repro:
+        stage = psutil.Process(wait_until_paused())
+        repro.send_signal(signal.SIGTERM)
+        assert repro.wait(timeout=30) == 143
+    assert not stage.is_running() and Path("stopped").exists()
