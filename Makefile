@@ -4,6 +4,8 @@ PYTHON ?= python3
 PORT ?= 5000
 # The stamp's name is a hash of the files that .venv was installed from, so file times do not matter.
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+# Two test files at a time: much of a test is waiting for processes to start.
+LANES := --numprocesses 2 --dist loadfile
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 export DO_NOT_TRACK := true
@@ -25,10 +27,10 @@ verify: $(STAMP)  ## check every byte of the shards against their manifest
 	@$(IN_VENV) python -m stages.verify
 
 test: $(STAMP)  ## run the tests, without the slow ones
-	$(IN_VENV) python -m pytest -m "not slow"
+	$(IN_VENV) python -m pytest $(LANES) -m "not slow"
 
 test-slow: $(STAMP)  ## run the tests that start clusters and servers, or kill processes
-	$(IN_VENV) python -m pytest -m slow
+	$(IN_VENV) python -m pytest $(LANES) -m slow
 
 ui: $(STAMP)  ## show the runs in the MLflow UI, on 127.0.0.1
 	@$(IN_VENV) python -m stages.ui $(PORT)

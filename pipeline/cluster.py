@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ _OBJECT_STORE_BYTES = 200_000_000  # small, because images are read from the sha
 RAY_ENV_DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # start-up of a run 24 s -> 18 s on 2 cores
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run; training resumes after a preemption without it
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU: Ray's future default, without warning
 }
@@ -136,6 +138,9 @@ def _start_local_cluster(cpus: int) -> str:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
+    # Some processes of Ray look up the cluster in this folder, which clusters of one machine share by default. In the
+    # folder of another cluster, Ray Train would find no sign of a training and end it.
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
     name, value = _OMP_PASSIVE
     if set_here := name not in os.environ:
         os.environ[name] = value

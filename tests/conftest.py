@@ -12,17 +12,19 @@ os.environ |= {
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's workers yield to all other processes, and these machines are busy with tests
+    "RAY_enable_worker_prestart": "0",  # Ray would start workers that no test uses
+    "RAY_prestart_worker_first_driver": "0",
     "DVC_NO_ANALYTICS": "1",
     "MPLBACKEND": "agg",
 }
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
-import gc
 import ipaddress
 import socket
 import sys
-import warnings
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,17 +64,21 @@ def ray_cluster(**head: object) -> Iterator[Cluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_TMPDIR", ray_tmpdir())
         for name, value in RAY_ENV_DEFAULTS.items():
             patch.setenv(name, value)
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        # Without a port of its own, the head would test Ray's usual one, and leave a socket open where it is taken.
+        cluster = Cluster(initialize_head=True, head_node_args={"dashboard_port": None, **head})
         patch.setenv("RAY_ADDRESS", cluster.address)
         connect()
         yield cluster
         ray.shutdown()
         cluster.shutdown()
-        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # sockets that Ray leaves open
-            del cluster
-            gc.collect()
+
+
+def ray_tmpdir() -> str:
+    """A new folder for a Ray cluster, as pipeline.cluster makes one; pytest's own paths are too long for sockets."""
+    return tempfile.mkdtemp(prefix="ray-")
 
 
 def free_port() -> int:

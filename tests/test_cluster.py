@@ -20,7 +20,7 @@ from pipeline import cluster, track
 from pipeline.base import config, schema
 from pipeline.base.errors import ConfigError
 from stages import job, preset, seeds, train_all
-from tests.conftest import free_port, params_with_runs
+from tests.conftest import free_port, params_with_runs, ray_tmpdir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -212,7 +212,8 @@ def two_nodes() -> Iterator[tuple[str, str]]:
     """A Ray cluster of two nodes with a core each: its address, and that of its job API."""
     from ray.cluster_utils import Cluster
 
-    port = free_port()
+    port, patch = free_port(), pytest.MonkeyPatch()
+    patch.setenv("RAY_TMPDIR", ray_tmpdir())
     nodes = Cluster(
         initialize_head=True,
         head_node_args={
@@ -228,6 +229,7 @@ def two_nodes() -> Iterator[tuple[str, str]]:
         yield nodes.address, f"http://127.0.0.1:{port}"
     finally:
         nodes.shutdown()
+        patch.undo()
 
 
 def takes_jobs(url: str) -> bool:

@@ -22,7 +22,7 @@ from pipeline.base import config, schema
 from pipeline.base.errors import ConfigError
 from pipeline.sweeps import analysis, search_space
 from stages import prepare, resolve, shard
-from tests.conftest import free_port
+from tests.conftest import ray_tmpdir
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -297,14 +297,13 @@ def running_cluster() -> Iterator[dict[str, str]]:
     """A Ray cluster of two cores that outlives its drivers; the variables that lead there."""
     code = (
         "import sys; from ray.cluster_utils import Cluster;"
-        # For the state of actors; another cluster on this machine may have the usual port.
-        f"args = {{'num_cpus': 2, 'include_dashboard': True, 'dashboard_port': {free_port()}}};"
+        "args = {'num_cpus': 2, 'dashboard_port': None};"  # another cluster on this machine may have the usual port
         "nodes = Cluster(initialize_head=True, head_node_args=args); print('at', nodes.address, flush=True);"
         "sys.stdin.read(); nodes.shutdown()"
     )
     head = subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": ray_tmpdir()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -319,22 +318,22 @@ def running_cluster() -> Iterator[dict[str, str]]:
 
 
 def assert_nothing_is_left(variables: dict[str, str]) -> None:
-    """No placement group, no actor, every core free."""
+    """No placement group, no trial, every core free."""
     code = """
 import sys, time, ray
-from ray.util.state import list_actors
 ray.init(log_to_driver=False)
 for _ in range(60):
     groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
-    # Ray Train's coordinator is one for all jobs of a cluster, and stays.
-    actors = [a for a in list_actors() if a.state != "DEAD" and a.name != "AutoscalingCoordinator"]
-    if not groups and not actors and ray.available_resources().get("CPU") == 2:
+    if not groups and ray.available_resources().get("CPU") == 2:
         sys.exit()
     time.sleep(0.5)
-sys.exit(f"left: {groups} {actors} {ray.available_resources()}")
+sys.exit(f"left: {groups} {ray.available_resources()}")
 """
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    # Of all actors, Ray Train's coordinator is one for all jobs of a cluster, and stays.
+    for title in ("ImplicitFunc", "TrainController", "RayTrainWorker"):
+        assert not processes(variables["HEAD"], f"ray::{title}"), title
 
 
 def processes(head: str, word: str) -> list[int]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the digits' shards and an experiment of one small run, as the working directory."""
     monkeypatch.chdir(tmp_path)
     params = params_with_runs("vit")
+    params["models"]["vit"]["args"]["depth"] = 2
     params["recipes"]["digits"] |= {"epochs": 6, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= {"cpus_per_worker": 1}
     write(params)
@@ -63,11 +63,17 @@ def change(section: str, **values) -> None:
     write(params)
 
 
-def finish() -> str:
-    command = [sys.executable, "-m", "stages.train", "vit"]
-    process = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
-    assert process.returncode == 0, process.stdout
-    return process.stdout
+@pytest.fixture
+def train(cluster: Cluster, place: Path, caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """Trains the run of the experiment and returns what the training logged."""
+    caplog.set_level(logging.INFO, "pipeline")
+
+    def train() -> str:
+        caplog.clear()
+        trainer.train_run(config.load_experiment(), "vit")
+        return caplog.text
+
+    return train
 
 
 def note() -> dict:
@@ -79,41 +85,41 @@ def fingerprints() -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_finished_run_rewrites_outputs_and_a_new_config_starts_over(cluster, place):
+def test_a_finished_run_rewrites_outputs_and_a_new_config_starts_over(train):
     change("recipe", epochs=2, warmup_epochs=1)
-    assert "epoch 2/2" in finish()
+    assert "epoch 2/2" in train()
     written = {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()}
     assert written.keys() == {"weights.safetensors", "history.csv", "run.json", "config.yaml"}
     for name in written:
         Path("outputs/vit", name).unlink()
-    output = finish()
+    output = train()
     assert "resumes from step 10 of 10" in output and "epoch" not in output
     assert {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()} == written
     first = note()
     assert fingerprints() == [first["fingerprint"]]
 
     change("recipe", lr=1e-4)
-    assert "starts at step 0" in finish()
+    assert "starts at step 0" in train()
     assert note()["fingerprint"] != first["fingerprint"] and note()["mlflow_run_id"] != first["mlflow_run_id"]
     assert fingerprints() == [note()["fingerprint"]]
 
 
 @pytest.mark.slow
-def test_two_compiled_ray_workers_train_as_one_eager_worker_does(cluster, place):
+def test_two_compiled_ray_workers_train_as_one_eager_worker_does(train):
     losses = []
     for settings in ({"workers": 1}, {"workers": 2, "compile": True, "loader_workers": 1}):
         change("train", **settings)
-        change("recipe", epochs=3)
-        finish()
+        change("recipe", epochs=2)
+        train()
         with open("outputs/vit/history.csv", newline="") as history:
             losses.append([float(row["train/loss"]) for row in csv.DictReader(history)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # sums in another order, in float32
 
 
 @pytest.mark.slow
-def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(cluster, place):
+def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(train):
     change("recipe", lr=1e30, epochs=2, clip_grad_norm=None, warmup_epochs=0)
-    output = finish()
+    output = train()
     assert "diverged" in output and "train/" in output
     assert note()["status"] == "diverged" and "images of this worker's batch: ['train/" in note()["message"]
     assert all(weight.isfinite().all() for weight in load_file("outputs/vit/weights.safetensors").values())
