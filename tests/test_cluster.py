@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -317,6 +318,20 @@ def test_runs_that_take_all_nodes_train_one_after_the_other(two_nodes, tmp_path,
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = spans(place, monkeypatch)
     assert second[0] >= first[1]
+
+
+def test_each_local_cluster_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    """In the folder of another cluster, processes of Ray Train would look for their training, and end it."""
+    folders = []
+    ray = SimpleNamespace(
+        init=lambda **_: folders.append(Path(os.environ["RAY_TMPDIR"])),
+        get_runtime_context=lambda: SimpleNamespace(gcs_address="127.0.0.1:1"),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    for _ in range(2):
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        cluster._start_local_cluster(cpus=1)
+    assert len(set(folders)) == 2 and {folder.parent for folder in folders} == {tmp_path}
 
 
 def test_the_launchers_file_is_what_ray_takes():
