@@ -26,10 +26,10 @@ def run() -> None:
         model = build(described.model, device="meta", num_classes=num_classes, **described.args)
         counted = complexity(model, size)
         rows.append({"run": name, "model": described.model, **asdict(counted)})
-        track.log_results(
-            track.find_run_id(name),
-            {"complexity/params_m": counted.params / 1e6, "complexity/gflops": counted.flops / 1e9},
-        )
+        if run_id := track.find_run_id(name):  # runs that are not trained yet are counted too
+            track.log_results(
+                run_id, {"complexity/params_m": counted.params / 1e6, "complexity/gflops": counted.flops / 1e9}
+            )
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=2) + "\n")
 

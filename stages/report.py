@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pipeline.reporting.table import Table
 
 
+THROUGHPUT_HINT = "`dvc repro --single-item throughput` measures the throughput of all models in params.yaml"
+
 _PADDING = 2  # rich's padding of a cell
 
 
@@ -33,7 +35,7 @@ def run() -> None:
 def print_report(run_names: Collection[str] = ()) -> None:
     """Prints the comparison of all runs and the path of the page; or only the comparison of the given runs.
 
-    The table is split into parts that fit the terminal's width.
+    If one of the given runs has no throughput, the last line says how to measure it. The table is split into parts that fit the terminal's width.
     """
     from pathlib import Path
 
@@ -46,7 +48,8 @@ def print_report(run_names: Collection[str] = ()) -> None:
     from pipeline.reporting import table as tables
 
     results = run_results.load_results(config.load_experiment())
-    table, console = tables.build_table([r for r in results if not run_names or r.run in run_names]), Console()
+    shown = [result for result in results if not run_names or result.run in run_names]
+    table, console = tables.build_table(shown), Console()
     for part in _split_columns(table, console.width):
         grid = Grid(box=rich.box.SIMPLE_HEAD, padding=(0, 1))
         for number in part:
@@ -59,6 +62,8 @@ def print_report(run_names: Collection[str] = ()) -> None:
         console.print(footnote)
     if not run_names:
         console.print(f"report: {Path('reports/index.html').resolve()}", soft_wrap=True, highlight=False)
+    elif any(result.img_per_s is None for result in shown):
+        console.print(THROUGHPUT_HINT, soft_wrap=True, highlight=False)
 
 
 def _split_columns(table: Table, width: int) -> list[list[int]]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.base import config
 from stages import run_stage
+
+if TYPE_CHECKING:
+    from flopeq.measure.throughput import ProgressCallback
 
 OUT = Path("reports/throughput.json")
 
@@ -37,6 +41,7 @@ def run() -> None:
         dtype=getattr(torch, settings.dtype),
         compile=settings.compile,
         device="cuda" if on_gpu else "cpu",
+        on_progress=_log_new_models(len(models), settings.compile),
     )
     rows = []
     for name, result in results.items():
@@ -44,12 +49,25 @@ def run() -> None:
         kept = ("device", "dtype", "batch_size", "img_per_s", "peak_mem_mb", "compiled")
         rows.append(row | {key: getattr(result, key) for key in kept})
         logging.info("%s: %.0f images/s on %s", name, result.img_per_s, result.device)
-        track.log_results(
-            track.find_run_id(name),
-            {"perf/forward_img_per_s": result.img_per_s, "perf/peak_mem_mb": result.peak_mem_mb},
-        )
+        if run_id := track.find_run_id(name):  # runs that are not trained yet are measured too
+            track.log_results(
+                run_id, {"perf/forward_img_per_s": result.img_per_s, "perf/peak_mem_mb": result.peak_mem_mb}
+            )
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _log_new_models(num_models: int, compile: bool) -> ProgressCallback:
+    """Returns a callback that logs each model once, before its first pass, which compiles it if `compile` is set."""
+    action = "compiling and warming up" if compile else "warming up"
+    started: set[str] = set()
+
+    def log_new_model(model: str, _num_done: int, _total: int) -> None:
+        if model not in started:
+            started.add(model)
+            logging.info("throughput: %s %s (%d of %d)", action, model, len(started), num_models)
+
+    return log_new_model
 
 
 if __name__ == "__main__":
