@@ -35,7 +35,8 @@ def run() -> None:
 def print_report(run_names: Collection[str] = ()) -> None:
     """Prints the comparison of all runs and the path of the page; or only the comparison of the given runs.
 
-    If one of the given runs has no throughput, the last line says how to measure it. The table is split into parts that fit the terminal's width.
+    If one of the given runs has no throughput, the last line says how to measure it. The table is split into parts that
+    fit the terminal's width.
     """
     from pathlib import Path
 
