@@ -32,7 +32,7 @@ from pipeline.packing.sources.detect import ExistingShards, detect_source
 from pipeline.shards import manifests
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from tests.packing import conftest as layouts
+from tests.packing import layouts
 
 IMAGES_PER_SHARD = 1000
 ROW = "{:16} {:14} {:>7} {:>8} {:>15} {:>8} {:>15}"

@@ -37,7 +37,7 @@ from stages import check, evaluate_weights, run_stage
 from tests.conftest import params_with_runs
 from tests.hub.test_convert import NETWORKS, authors_weights, ours
 from tests.models.conftest import randomize_parameters
-from tests.packing import conftest as layouts
+from tests.packing import layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipeline.loading.decode import decode_image
-from tests.packing import conftest as layouts
+from tests.packing import layouts
 
 
 def encoded(mode: str, format: str, **options: object) -> bytes:

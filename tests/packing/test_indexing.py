@@ -24,7 +24,7 @@ from pipeline.shards import manifests, verify
 from pipeline.shards.locations import open_store
 from pipeline.shards.manifests import Shards
 from pipeline.shards.store import Store
-from tests.packing import conftest as layouts
+from tests.packing import layouts
 
 FIRST = "imagenet1k-train-0000.tar"
 

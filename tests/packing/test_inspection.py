@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.packing import inspection
 from pipeline.packing.inspection import BadImageError, ImageIssues
-from tests.packing import conftest as layouts
+from tests.packing import layouts
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -30,7 +30,7 @@ from pipeline.packing.sources.detect import detect_source
 from pipeline.packing.tar_writer import TarWriter
 from pipeline.shards import verify
 from pipeline.shards.manifests import Manifest, Shards
-from tests.packing import conftest as layouts
+from tests.packing import layouts
 
 PER_SHARD = 4
 

@@ -1,0 +1,80 @@
+"""Sources: every layout gives the same listing, and missing, truncated or unexpected files are named."""
+
+from __future__ import annotations
+
+import pytest
+from timm.data import ImageNetInfo
+
+from pipeline.base import imagenet
+from pipeline.base.errors import SourceError
+from pipeline.packing.sources import detect
+from pipeline.packing.sources.detect import ExistingShards
+from pipeline.packing.sources.listing import IMAGES_SCHEMA
+from tests.packing import layouts
+from tests.packing.sources.conftest import SPANIEL, TENCH, TRUCK, content, rows, scan
+
+
+def test_every_layout_gives_the_same_names_labels_and_sizes(layout, source, tree):
+    found, expected = scan(source), scan(tree)
+    assert found.layout == layout
+    assert found.classes == expected.classes == [TENCH, SPANIEL, TRUCK]
+    for split in ("train", "val"):
+        assert found.splits[split].schema.equals(IMAGES_SCHEMA)
+        for column in ("name", "label", "size"):
+            assert found.splits[split][column].to_pylist() == expected.splits[split][column].to_pylist()
+        assert found.splits[split]["name"].to_pylist() == sorted(found.splits[split]["name"].to_pylist())
+
+
+def test_every_image_is_listed_once_at_its_position(source, images):
+    found = detect.detect_source(str(source))
+    assert not isinstance(found, ExistingShards)
+    listing = found.list_images("own")
+    assert {row["name"]: content(found.root, row) for row in rows(listing)} == images
+    assert len(rows(listing)) == len(images)
+    assert all(row["label"] == listing.classes.index(row["name"].split("/")[1]) for row in rows(listing))
+    assert {row["file"] for row in rows(listing)} <= {name for name, _ in found.list_files()}
+
+
+def test_files_change_when_an_image_does(source, images, layout, tmp_path):
+    before = detect.detect_source(str(source)).list_files()
+    assert before == detect.detect_source(str(source)).list_files()
+    more = layouts.images(train=9)
+    after = detect.detect_source(str(layouts.LAYOUTS[layout](more, tmp_path / "other"))).list_files()
+    assert before != after
+
+
+def test_labels_of_imagenet_are_timms(tree):
+    table = ImageNetInfo().label_names()
+    assert list(imagenet.wnids()) == table == sorted(table)
+    listing = scan(tree, "imagenet")
+    assert listing.classes == table
+    label_of = {row["name"].split("/")[1]: row["label"] for row in rows(listing)}
+    assert label_of == {TENCH: 0, SPANIEL: 217, TRUCK: 569}
+
+
+def test_all_thousand_classes_have_imagenets_labels_under_either_name(tmp_path, caplog):
+    one = layouts.jpeg(0)
+    source = layouts.folder_tree(
+        {f"{split}/{wnid}/0.JPEG": one for split in ("train", "val") for wnid in imagenet.wnids()}, tmp_path / "source"
+    )
+    own, imagenets = scan(source, "own"), scan(source, "imagenet")
+    assert own.classes == imagenets.classes == list(imagenet.wnids())
+    assert own.splits["val"]["label"].to_pylist() == list(range(1000))
+    assert own.splits["train"].equals(imagenets.splits["train"])
+    assert "train has 1,000 images instead of 1,281,167" in caplog.text
+
+
+def test_a_table_in_another_order_is_not_trusted(tmp_path, monkeypatch):
+    names = imagenet.wnids()
+    empty = {f"{split}/{wnid}/0.JPEG": b"" for split in ("train", "val") for wnid in names}
+    source = layouts.folder_tree(empty, tmp_path)
+    monkeypatch.setattr(imagenet, "wnids", lambda: names[::-1])
+    with pytest.raises(SourceError, match="timm's table of ImageNet's classes is not in the order of the wnids"):
+        scan(source)
+
+
+def test_unknown_classes_have_no_imagenet_label(tmp_path):
+    source = layouts.folder_tree(layouts.images(wnids=["tench", "n01443537"]), tmp_path / "source")
+    assert scan(source).classes == ["n01443537", "tench"]
+    with pytest.raises(SourceError, match=r"none of ImageNet.s .* is called tench: .* data.labels to own"):
+        scan(source, "imagenet")
