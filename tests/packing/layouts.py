@@ -102,14 +102,14 @@ def archives(images: Images, folder: Path) -> Path:
         for wnid in wnids:
             inner = io.BytesIO()
             with tarfile.open(fileobj=inner, mode="w") as tar:
-                for name in _of(images, f"train/{wnid}/"):
+                for name in _names_under(images, f"train/{wnid}/"):
                     add_file(tar, _file(name), images[name])
             add_file(outer, f"{wnid}.tar", inner.getvalue())
     with tarfile.open(folder / VAL_TAR, "w") as tar:
-        for name in sorted(_of(images, "val/"), key=_file):
+        for name in sorted(_names_under(images, "val/"), key=_file):
             add_file(tar, _file(name), images[name])
     id_of = {wnid: number for number, wnid in enumerate(reversed(wnids), 1)}
-    truth = "".join(f"{id_of[_class_of(name)]}\n" for name in sorted(_of(images, "val/"), key=_file))
+    truth = "".join(f"{id_of[_class_of(name)]}\n" for name in sorted(_names_under(images, "val/"), key=_file))
     devkit(folder / DEVKIT, {"data/meta.mat": meta_mat(id_of), TRUTH: truth.encode()})
     return folder
 
@@ -168,7 +168,7 @@ def kaggle_files(images: Images) -> dict[str, bytes]:
     solution, mapping = io.StringIO(), io.StringIO()
     table = csv.writer(solution, lineterminator="\n")
     table.writerow(["ImageId", "PredictionString"])
-    for name in sorted(_of(images, "val/"), reverse=True):
+    for name in sorted(_names_under(images, "val/"), reverse=True):
         table.writerow([Path(name).stem, f"{_class_of(name)} 1 2 30 40 {_class_of(name)} 5 6 7 8 "])
     for wnid in sorted({_class_of(name) for name in images}):
         mapping.write(f"{wnid} some words, other words\n")
@@ -209,7 +209,7 @@ def shards(
     folder.mkdir(parents=True)
     labels = labels or {wnid: place for place, wnid in enumerate(sorted({_class_of(name) for name in images}))}
     for split, named in (("train", "train"), ("val", "validation")):
-        names = sorted(_of(images, f"{split}/"), key=lambda name: _file(name)[::-1])
+        names = sorted(_names_under(images, f"{split}/"), key=lambda name: _file(name)[::-1])
         for number, start in enumerate(range(0, len(names), images_per_shard)):
             with tarfile.open(folder / f"imagenet1k-{named}-{number:04d}.tar", "w") as tar:
                 for name in names[start : start + images_per_shard]:
@@ -244,7 +244,7 @@ def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def _of(images: Images, prefix: str) -> list[str]:
+def _names_under(images: Images, prefix: str) -> list[str]:
     return [name for name in images if name.startswith(prefix)]
 
 

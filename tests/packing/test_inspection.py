@@ -58,10 +58,10 @@ def test_neutral_exif_orientation_is_no_issue():
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_other_formats_become_the_jpeg_of_their_pixels(kind, mode):
     content = encoded(layouts.pixels(2).convert(mode), kind)
-    found = inspection.inspect_image(content)
-    assert found and found.replacement
-    assert found.issues == (kind.lower(),)
-    with Image.open(io.BytesIO(content)) as before, Image.open(io.BytesIO(found.replacement)) as after:
+    result = inspection.inspect_image(content)
+    assert result and result.replacement
+    assert result.issues == (kind.lower(),)
+    with Image.open(io.BytesIO(content)) as before, Image.open(io.BytesIO(result.replacement)) as after:
         assert (after.format, after.mode, after.size) == ("JPEG", "RGB", before.size)
         difference = np.asarray(before.convert("RGB"), float) - np.asarray(after)
     assert np.abs(difference).mean() < 6  # a GIF is dithered
@@ -69,8 +69,8 @@ def test_other_formats_become_the_jpeg_of_their_pixels(kind, mode):
 
 def test_a_transparent_palette_raises_no_warning():
     content = encoded(layouts.pixels(3).convert("P"), "PNG", transparency=b"\x00\x80\xff")
-    found = inspection.inspect_image(content)
-    assert found and found.issues == ("png",)
+    result = inspection.inspect_image(content)
+    assert result and result.issues == ("png",)
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("empty", "empty"), ("truncated", "truncated"), ("text", "not an image")])
@@ -105,8 +105,8 @@ def test_altered_bytes_make_a_bad_image_or_none_but_no_other_error(kind, seed):
     for position in rng.integers(len(content), size=8):
         content[position] = rng.integers(256)
     try:
-        found = inspection.inspect_image(bytes(content))
+        result = inspection.inspect_image(bytes(content))
     except BadImageError as error:
-        found = None
+        result = None
         assert str(error)
-    assert found is None or isinstance(found, inspection.ImageIssues)
+    assert result is None or isinstance(result, inspection.ImageIssues)

@@ -3,93 +3,42 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import pickle
-import signal
 import subprocess
 import sys
-import tarfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, cast
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.base.errors import ShardError, SourceError
-from pipeline.packing import image_reader, pack, shard_layout, shard_task, tar_writer
+from pipeline.packing import image_reader, pack, shard_layout, shard_task
 from pipeline.packing.sources.detect import detect_source
-from pipeline.packing.tar_writer import TarWriter
 from pipeline.shards import verify
-from pipeline.shards.manifests import Manifest, Shards
+from pipeline.shards.manifests import Shards
 from tests.packing import layouts
-
-PER_SHARD = 4
+from tests.packing.conftest import contents, members, modification_times, names, write_shards
 
 SOURCE_ONLY = ("source", "layout", "ignored")  # fields of a manifest that describe the source
-
-
-@pytest.fixture(scope="module")
-def images() -> dict[str, bytes]:
-    """15 training and 6 validation images of three classes, and one image with each issue."""
-    return layouts.images(issues=layouts.ISSUES)
-
-
-@pytest.fixture
-def source(images, tmp_path) -> Path:
-    return layouts.folder_tree(images, tmp_path / "source")
-
-
-def write(source: Path, out: Path, seed: int = 0, on_bad_image: str = "error", **options) -> Manifest:
-    return pack.pack_source(
-        str(source), out, images_per_shard=PER_SHARD, seed=seed, on_bad_image=on_bad_image, **options
-    )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a folder of shards without the manifest."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    del found["manifest.json"]
-    return found
-
-
-def members(folder: Path, pattern: str = "*.tar") -> list[tuple[tarfile.TarInfo, bytes]]:
-    found = []
-    for path in sorted(folder.glob(pattern)):
-        with tarfile.open(path) as tar:
-            found += [(member, cast(IO[bytes], tar.extractfile(member)).read()) for member in tar]
-    return found
-
-
-def names(folder: Path, pattern: str) -> list[str]:
-    return [member.name for member, _ in members(folder, pattern)]
-
-
-def times(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
 
 
 @pytest.mark.parametrize("build", layouts.LAYOUTS.values(), ids=layouts.LAYOUTS)
 def test_shards_are_the_same_bytes_from_every_layout(build: Callable, tmp_path):
     images = layouts.images(issues=layouts.ISSUES + layouts.BAD_IMAGES)
-    expected = write(layouts.folder_tree(images, tmp_path / "tree"), tmp_path / "a", on_bad_image="skip")
-    found = write(build(images, tmp_path / "other"), tmp_path / "b", on_bad_image="skip")
+    expected = write_shards(layouts.folder_tree(images, tmp_path / "tree"), tmp_path / "a", on_bad_image="skip")
+    manifest = write_shards(build(images, tmp_path / "other"), tmp_path / "b", on_bad_image="skip")
     assert contents(tmp_path / "b") == contents(tmp_path / "a")
-    assert len(found.shards) == 8 and found.counts == {"train": 19, "val": 6}
-    assert {**asdict(found), **dict.fromkeys(SOURCE_ONLY)} == {**asdict(expected), **dict.fromkeys(SOURCE_ONLY)}
+    assert len(manifest.shards) == 8 and manifest.counts == {"train": 19, "val": 6}
+    assert {**asdict(manifest), **dict.fromkeys(SOURCE_ONLY)} == {**asdict(expected), **dict.fromkeys(SOURCE_ONLY)}
 
 
 def test_seed_changes_the_order_of_training_images_and_nothing_else(source, tmp_path):
-    write(source, tmp_path / "a", seed=0)
-    write(source, tmp_path / "b", seed=1)
+    write_shards(source, tmp_path / "a", seed=0)
+    write_shards(source, tmp_path / "b", seed=1)
     train = [names(tmp_path / name, "train-*.tar") for name in "ab"]
     assert sorted(train[0]) == sorted(train[1]) != train[0] != train[1]
     assert dict(sorted((m.name, content) for m, content in members(tmp_path / "a"))) == dict(
@@ -102,7 +51,7 @@ def test_seed_changes_the_order_of_training_images_and_nothing_else(source, tmp_
 
 
 def test_index_points_at_the_verbatim_jpeg(images, source, tmp_path):
-    manifest = write(source, tmp_path / "out")
+    manifest = write_shards(source, tmp_path / "out")
     for split in ("train", "val"):
         rows = pq.read_table(tmp_path / "out" / f"{split}.index.parquet").to_pylist()
         assert list(rows[0]) == ["key", "shard", "offset", "size", "label"]
@@ -118,7 +67,7 @@ def test_index_points_at_the_verbatim_jpeg(images, source, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves that to the collector
 def test_plain_webdataset_reads_the_tars_in_the_index_order(source, tmp_path):
-    write(source, tmp_path / "out")
+    write_shards(source, tmp_path / "out")
     urls = [str(path) for path in sorted((tmp_path / "out").glob("train-*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     rows = pq.read_table(tmp_path / "out" / "train.index.parquet").to_pylist()
@@ -128,39 +77,16 @@ def test_plain_webdataset_reads_the_tars_in_the_index_order(source, tmp_path):
 
 
 def test_tar_headers_hold_no_user_or_time(source, tmp_path):
-    write(source, tmp_path / "out")
+    write_shards(source, tmp_path / "out")
     assert (tmp_path / "out" / "val-000000.tar").read_bytes()[257:265] == b"ustar\x0000"
     for member, _ in members(tmp_path / "out"):
         assert (member.uid, member.gid, member.mtime, member.uname, member.gname) == (0, 0, 0, "", "")
 
 
-@given(sizes=st.lists(st.integers(0, 5000) | st.sampled_from([512, 1024, 3000, 9000]), max_size=40))
-@settings(deadline=None)
-def test_tars_are_tarfiles_own_bytes_whatever_the_sizes(tmp_path_factory, sizes):
-    rng = np.random.default_rng(len(sizes))
-    files = {f"train/n01440764/{number}.jpg": rng.bytes(size) for number, size in enumerate(sizes)}
-    expected = io.BytesIO()
-    with tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as twin:
-        for name, content in files.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            twin.addfile(header, io.BytesIO(content))
-    path = tmp_path_factory.mktemp("tar") / "a.tar"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tar_writer, "_BUFFER_BYTES", 4096)  # so that some files are larger, and many buffers are used
-        with TarWriter(path) as tar:
-            offsets = [tar.add(name, content) for name, content in files.items()]
-            tar.finish()
-    assert path.read_bytes() == expected.getvalue()
-    assert tar.size == len(expected.getvalue()) == tar_writer.tar_size(np.array(sizes, np.int64))
-    for offset, content in zip(offsets, files.values(), strict=True):
-        assert expected.getvalue()[offset : offset + len(content)] == content
-
-
 def test_image_issues_are_listed_and_other_formats_become_jpegs(source, tmp_path):
     (source / "train" / layouts.WNIDS[0] / "drawing.v2.png").write_bytes(layouts.issue_image("png"))
     (source / "train" / layouts.WNIDS[0] / "notes.txt").write_text("no image")
-    manifest = write(source, tmp_path / "out")
+    manifest = write_shards(source, tmp_path / "out")
     assert manifest.oddities == {"cmyk": 1, "exif-rotated": 1, "grayscale": 1, "png": 2}
     assert manifest.skipped == {}
     assert manifest.ignored == [f"train/{layouts.WNIDS[0]}/notes.txt"]
@@ -182,7 +108,7 @@ def test_bad_images_are_named_together_and_the_other_shards_are_kept(source, tmp
         (source / layouts.issue_name(kind)).write_bytes(layouts.issue_image(kind))
     out = tmp_path / "out"
     with pytest.raises(SourceError) as caught:
-        write(source, out)
+        write_shards(source, out)
     assert str(caught.value).splitlines() == [
         "3 of the images cannot be decoded:",
         f"  {layouts.issue_name('empty')}: empty",
@@ -190,24 +116,24 @@ def test_bad_images_are_named_together_and_the_other_shards_are_kept(source, tmp
         f"  {layouts.issue_name('truncated')}: truncated",
         "  replace or remove them, or set data.on_bad_image to skip; shards without a bad image are kept",
     ]
-    kept = times(out)
+    kept = modification_times(out)
     assert not (out / "manifest.json").exists() and 3 <= len(kept) < 8
-    manifest = write(source, out, on_bad_image="skip")
+    manifest = write_shards(source, out, on_bad_image="skip")
     assert manifest.skipped == {
         layouts.issue_name("empty"): "empty",
         layouts.issue_name("text"): "not an image",
         layouts.issue_name("truncated"): "truncated",
     }
     assert manifest.counts == {"train": 19, "val": 6}
-    assert {name: times(out)[name] for name in kept} == kept
+    assert {name: modification_times(out)[name] for name in kept} == kept
     with pytest.raises(SourceError, match="3 of the images cannot be decoded"):
-        write(source, out)
+        write_shards(source, out)
 
 
 def test_a_bad_image_changes_only_its_own_shard(images, source, tmp_path):
-    good = write(source, tmp_path / "good")
+    good = write_shards(source, tmp_path / "good")
     (source / layouts.issue_name("cmyk")).write_bytes(b"")
-    bad = write(source, tmp_path / "bad", on_bad_image="skip")
+    bad = write_shards(source, tmp_path / "bad", on_bad_image="skip")
     different = [name for name in good.shards if good.shards[name] != bad.shards[name]]
     assert len(different) == 1 and good.shards.keys() == bad.shards.keys()
     for entries in (good.shards, bad.shards):
@@ -218,7 +144,7 @@ def test_many_bad_images_are_counted(source, tmp_path):
     for number in range(25):
         (source / "val" / layouts.WNIDS[1] / f"{number:02d}.jpg").write_bytes(b"")
     with pytest.raises(SourceError, match=r"(?s)^25 of the images.*19.jpg: empty\n  ... and 5 more\n"):
-        write(source, tmp_path / "out")
+        write_shards(source, tmp_path / "out")
 
 
 def test_keys_that_clash_are_refused(source, tmp_path):
@@ -226,56 +152,56 @@ def test_keys_that_clash_are_refused(source, tmp_path):
     for name in ("a.b.jpg", "a_b.jpg"):
         (folder / name).write_bytes(layouts.jpeg(0))
     with pytest.raises(SourceError, match=r"/a.b.jpg and train/.*/a_b.jpg would both have the key .*/a_b: rename"):
-        write(source, tmp_path / "out")
+        write_shards(source, tmp_path / "out")
 
 
 def test_a_name_too_long_for_a_tar_is_refused(source, tmp_path):
     (source / "val" / layouts.WNIDS[1] / f"{'a' * 120}.jpg").write_bytes(layouts.jpeg(0))
     with pytest.raises(SourceError, match="a{120}.jpg: the name is too long for a tar"):
-        write(source, tmp_path / "out")
+        write_shards(source, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
 def test_finished_shards_are_kept_and_damaged_ones_rewritten(source, tmp_path):
     out = tmp_path / "out"
-    manifest = write(source, out)
-    before, written = contents(out), times(out)
-    assert write(source, out) == manifest
-    assert (contents(out), times(out)) == (before, written)
+    manifest = write_shards(source, out)
+    before, written = contents(out), modification_times(out)
+    assert write_shards(source, out) == manifest
+    assert (contents(out), modification_times(out)) == (before, written)
     flipped = bytearray(before["train-000001.tar"])
     flipped[700] ^= 1
     (out / "train-000001.tar").write_bytes(flipped)
     (out / "train-000003.tar").unlink()
     (out / "val-000000.tar").write_bytes(before["val-000000.tar"][:-512])
     (out / shard_task.RECORDS_DIR / "train-000002.tar.parquet").write_bytes(b"no record")
-    assert write(source, out) == manifest
+    assert write_shards(source, out) == manifest
     assert contents(out) == before
-    changed = [name for name, touched in times(out).items() if touched != written[name]]
+    changed = [name for name, touched in modification_times(out).items() if touched != written[name]]
     assert sorted(changed) == ["train-000001.tar", "train-000002.tar", "train-000003.tar", "val-000000.tar"]
 
 
 def test_a_changed_image_rewrites_only_its_own_shard(source, tmp_path):
     out = tmp_path / "out"
-    write(source, out)
-    written = times(out)
+    write_shards(source, out)
+    written = modification_times(out)
     (source / layouts.issue_name("cmyk")).write_bytes(layouts.jpeg(3) + b"\0")
-    write(source, out)
-    write(source, tmp_path / "fresh")
+    write_shards(source, out)
+    write_shards(source, tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
-    assert sum(touched != written[name] for name, touched in times(out).items()) == 1
+    assert sum(touched != written[name] for name, touched in modification_times(out).items()) == 1
 
 
 def test_another_source_or_seed_removes_stale_files(source, tmp_path):
     out = tmp_path / "out"
-    write(source, out)
+    write_shards(source, out)
     (out / "train-000000.tar.0a1b2c3d.partial").write_bytes(b"of a run that was killed")
     for path in (source / "train" / layouts.WNIDS[0]).iterdir():
         path.unlink() if path.stem.endswith(tuple(layouts.ISSUES)) else None
-    write(source, out, seed=1)
-    write(source, tmp_path / "fresh", seed=1)
+    write_shards(source, out, seed=1)
+    write_shards(source, tmp_path / "fresh", seed=1)
     assert contents(out) == contents(tmp_path / "fresh")
     assert {path.name for path in (out / shard_task.RECORDS_DIR).iterdir()} == {
-        f"{name}.parquet" for name in times(out)
+        f"{name}.parquet" for name in modification_times(out)
     }
 
 
@@ -289,12 +215,12 @@ def test_missing_disk_space_is_reported_before_writing(source, tmp_path, monkeyp
     with pytest.raises(
         ShardError, match=r"not enough disk space in .*out: .* need 0.1 MB more and 0.1 MB are free. Free some"
     ):
-        write(source, out)
-    assert not times(out)
+        write_shards(source, out)
+    assert not modification_times(out)
     free(100_000_000)
-    write(source, out)
+    write_shards(source, out)
     free(50_000)
-    write(source, out)  # existing shards need no more space
+    write_shards(source, out)  # existing shards need no more space
 
 
 def test_a_full_disk_is_reported_and_leaves_no_partial_shard(source, tmp_path, monkeypatch):
@@ -304,48 +230,14 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_shard(source, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(image_reader.os, "write", full)
         with pytest.raises(ShardError, match=r"train-000000.tar cannot be written: No space left on device"):
-            write(source, tmp_path / "out")
-    assert not times(tmp_path / "out") and not list((tmp_path / "out").rglob("*.partial"))
-    write(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize("layout", ["a folder tree", "Kaggle's zip", "the official archives"])
-def test_a_source_that_shrank_since_it_was_listed_is_named(images, tmp_path, layout):
-    source = layouts.LAYOUTS[layout](images, tmp_path / "source")
-    found = detect_source(str(source))
-    listing = found.list_images("own")
-    for path in source.rglob("*"):
-        if path.suffix in (".JPEG", ".zip", ".tar"):
-            os.truncate(path, path.stat().st_size // 4)
-    with pytest.raises(SourceError, match=r"source/.* is shorter than when it was listed: it ends at byte \d+, within"):
-        pack.pack_listing(listing, found.root, tmp_path / "out", source="", images_per_shard=4, seed=0)
-
-
-def test_an_archive_that_is_gone_since_it_was_listed_is_named(images, tmp_path):
-    found = detect_source(str(layouts.archives(images, tmp_path / "source")))
-    listing = found.list_images("own")
-    (tmp_path / "source" / layouts.TRAIN_TAR).unlink()
-    with pytest.raises(SourceError, match=f"{layouts.TRAIN_TAR} cannot be read: No such file"):
-        pack.pack_listing(listing, found.root, tmp_path / "out", source="", images_per_shard=4, seed=0)
-
-
-def test_a_zip_that_is_damaged_is_named(images, tmp_path):
-    source = layouts.kaggle_zip(images, tmp_path / "source")
-    found = detect_source(str(source))
-    listing = found.list_images("own")
-    (path,) = source.glob("*.zip")
-    content = bytearray(path.read_bytes())
-    for table in listing.splits.values():
-        for row in table.to_pylist():
-            content[row["offset"] : row["offset"] + 4] = bytes(4)
-    path.write_bytes(content)
-    with pytest.raises(SourceError, match=r"challenge.zip is damaged: no member of the zip at byte \d+"):
-        pack.pack_listing(listing, found.root, tmp_path / "out", source="", images_per_shard=4, seed=0)
+            write_shards(source, tmp_path / "out")
+    assert not modification_times(tmp_path / "out") and not list((tmp_path / "out").rglob("*.partial"))
+    write_shards(source, tmp_path / "out")
 
 
 def test_a_task_carries_only_the_rows_of_its_own_shard(source, tmp_path):
-    found = detect_source(str(source))
-    listing = found.list_images("own")
+    detected = detect_source(str(source))
+    listing = detected.list_images("own")
 
     def largest(images_per_shard: int) -> int:
         layout = shard_layout.ShardLayout(
@@ -386,48 +278,3 @@ def test_the_command_line_finds_and_rewrites_damaged_shards(root, source, tmp_pa
     assert "train-000002.tar: missing" in ended.stderr and "dvc repro --force shard" in ended.stderr
     assert run("shard").returncode == 0
     verify.verify_all(out)
-
-
-KILLED = """
-import sys, time
-from pipeline.packing import pack, shard_task
-kept = shard_task._existing_record
-shard_task._existing_record = lambda task: (time.sleep(0.1), kept(task))[1]
-pack.pack_source(sys.argv[1], sys.argv[2], images_per_shard=4, seed=0)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("then", ["in process", "in tasks"])
-def test_a_killed_run_resumes_to_the_same_bytes(images, root, tmp_path, then):
-    source, out = layouts.archives(images, tmp_path / "source"), tmp_path / "out"
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(source), str(out)], cwd=root) as process:
-        while len(list((out / shard_task.RECORDS_DIR).glob("*.parquet"))) < 3:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    # The last tar may lie there without its record, and is then written again.
-    done = {name: at for name, at in times(out).items() if shard_task.record_path(out, name).exists()}
-    assert 3 <= len(done) < 7 and not (out / "manifest.json").exists()
-    (out / "train-000004.tar.0a1b2c3d.partial").write_bytes(b"half a shard")
-    manifest = write(source, out, in_process=then == "in process")
-    assert manifest == write(source, tmp_path / "fresh", in_process=True)
-    assert contents(out) == contents(tmp_path / "fresh")
-    assert {name: times(out)[name] for name in done} == done
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cpus", [1, 3])
-def test_any_number_of_ray_tasks_writes_the_same_bytes(root, tmp_path, cpus):
-    images = layouts.images(issues=layouts.ISSUES + layouts.BAD_IMAGES)
-    source = layouts.kaggle_zip(images, tmp_path / "source")
-    script = (
-        "import sys; from pipeline import cluster; from pipeline.packing import pack; cluster.connect(); import ray; "
-        "pack.pack_source(*sys.argv[1:], images_per_shard=4, seed=0, on_bad_image='skip', in_process=False)"
-    )
-    start = f"import ray; ray.init('local', num_cpus={cpus}, include_dashboard=False, log_to_driver=False); "
-    subprocess.run([sys.executable, "-c", start + script, source, tmp_path / "tasks"], cwd=root, check=True)
-    write(source, tmp_path / "here", on_bad_image="skip", in_process=True)
-    assert contents(tmp_path / "tasks") == contents(tmp_path / "here")
-    with pytest.raises(SourceError, match="3 of the images cannot be decoded"):
-        write(source, tmp_path / "tasks", in_process=True)

@@ -37,9 +37,9 @@ def source(layout, images, tmp_path) -> Path:
 
 
 def scan(source: Path, labels: str = "own") -> Listing:
-    found = detect.detect_source(str(source))
-    assert not isinstance(found, ExistingShards)
-    return found.list_images(labels)
+    detected = detect.detect_source(str(source))
+    assert not isinstance(detected, ExistingShards)
+    return detected.list_images(labels)
 
 
 def rows(listing: Listing) -> list[dict]:

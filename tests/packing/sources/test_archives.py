@@ -106,13 +106,13 @@ def test_a_tar_cut_in_any_block_raises(tmp_path):
     behind.write_bytes(whole * 2)
     for length in sorted({block + beyond for block in range(0, len(whole), 512) for beyond in (0, 1, 100, 511)}):
         path.write_bytes(whole[:length])
-        for found in (
+        for members in (
             archives.iter_tar_members(path),
             archives.iter_tar_members(behind, archives.TarMember("inner", 0, length)),
         ):
             member_names = []
             with nullcontext() if length >= end + 512 else pytest.raises(SourceError, match="truncated|damaged"):
-                for member in found:
+                for member in members:
                     member_names.append(member.name)
                     assert member.offset + member.size <= length
             assert member_names == list(contents)[: len(member_names)]

@@ -15,24 +15,24 @@ from tests.packing.sources.conftest import SPANIEL, TENCH, TRUCK, content, rows,
 
 
 def test_every_layout_gives_the_same_names_labels_and_sizes(layout, source, tree):
-    found, expected = scan(source), scan(tree)
-    assert found.layout == layout
-    assert found.classes == expected.classes == [TENCH, SPANIEL, TRUCK]
+    listing, expected = scan(source), scan(tree)
+    assert listing.layout == layout
+    assert listing.classes == expected.classes == [TENCH, SPANIEL, TRUCK]
     for split in ("train", "val"):
-        assert found.splits[split].schema.equals(IMAGES_SCHEMA)
+        assert listing.splits[split].schema.equals(IMAGES_SCHEMA)
         for column in ("name", "label", "size"):
-            assert found.splits[split][column].to_pylist() == expected.splits[split][column].to_pylist()
-        assert found.splits[split]["name"].to_pylist() == sorted(found.splits[split]["name"].to_pylist())
+            assert listing.splits[split][column].to_pylist() == expected.splits[split][column].to_pylist()
+        assert listing.splits[split]["name"].to_pylist() == sorted(listing.splits[split]["name"].to_pylist())
 
 
 def test_every_image_is_listed_once_at_its_position(source, images):
-    found = detect.detect_source(str(source))
-    assert not isinstance(found, ExistingShards)
-    listing = found.list_images("own")
-    assert {row["name"]: content(found.root, row) for row in rows(listing)} == images
+    detected = detect.detect_source(str(source))
+    assert not isinstance(detected, ExistingShards)
+    listing = detected.list_images("own")
+    assert {row["name"]: content(detected.root, row) for row in rows(listing)} == images
     assert len(rows(listing)) == len(images)
     assert all(row["label"] == listing.classes.index(row["name"].split("/")[1]) for row in rows(listing))
-    assert {row["file"] for row in rows(listing)} <= {name for name, _ in found.list_files()}
+    assert {row["file"] for row in rows(listing)} <= {name for name, _ in detected.list_files()}
 
 
 def test_files_change_when_an_image_does(source, images, layout, tmp_path):
