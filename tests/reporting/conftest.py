@@ -1,0 +1,168 @@
+"""A study without trainings: the files that the stages before the report leave."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.base import config
+from pipeline.reporting import run_results, table
+from tests.conftest import params_with_runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+NUM_EPOCHS = 12
+
+
+FLOPS = {"X": 2.2e6, "H": 1.7e6, "E": 1.2e6}
+
+
+SPEED = {"X": 20_000.0, "H": 22_000.0, "E": 24_000.0}
+
+
+TOP1 = {
+    "vit": 98.6,
+    "h-vit": 98.3,
+    "e-vit": 96.1,
+    "resmlp": 97.8,
+    "e-resmlp": 97.2,
+    "convnext": 98.9,
+    "e-convnext": 98.6,
+}
+
+
+FAMILY_SCALE = {"vit": 1.0, "resmlp": 0.8, "convnext": 1.4}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_temp_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No sweep that was run in the working directory gets into the reports made here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield
+
+
+def write_fake_study(folder: Path, changes: dict[str, Any] | None = None) -> config.Experiment:
+    """A folder as the stages before the report leave it, of the committed experiment with TOP1's accuracies.
+
+    `changes` are merged into the `models` section; None there removes the run.
+    """
+    params = params_with_runs(*TOP1)
+    params["models"] = {k: v for k, v in {**params["models"], **(changes or {})}.items() if v is not None}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    experiment = config.load_experiment(folder / "params.yaml")
+    complexity, throughput = [], []
+    for name, run in experiment.models.items():
+        variant = "E" if "flop_" in run.model else "H" if "flophybrid_" in run.model else "X"
+        scale = FAMILY_SCALE.get(name.split("-")[-1], 1.0)
+        flops = int(FLOPS[variant] * scale)
+        complexity.append(
+            {
+                "run": name,
+                "model": run.model,
+                "params": flops // 14,
+                "flops": flops,
+                "macs": int(flops * 0.9),
+                "elementwise": int(flops * 0.1),
+            }
+        )
+        throughput.append(
+            {
+                "run": name,
+                "model": run.model,
+                "device": "cpu",
+                "dtype": "float32",
+                "batch_size": 64,
+                "img_per_s": SPEED[variant] / scale,
+                "peak_mem_mb": None,
+                "compiled": True,
+            }
+        )
+        _write_run(folder / "outputs" / name, TOP1.get(name, 97.0), invariant=variant == "E")
+    (folder / "reports").mkdir()
+    (folder / "reports/complexity.json").write_text(json.dumps(complexity))
+    (folder / "reports/throughput.json").write_text(json.dumps(throughput))
+    return experiment
+
+
+def _write_run(folder: Path, top1: float, invariant: bool) -> None:
+    folder.mkdir(parents=True)
+    rows = [_epoch(epoch, top1) for epoch in range(NUM_EPOCHS)]
+    _write_history(folder, rows)
+    write_json(folder / "run.json", run=folder.name, mlflow_run_id="0" * 32, fingerprint="f", status="finished")
+    write_json(
+        folder / "metrics.json",
+        **{
+            "val/top1_pct": top1,
+            "val/top5_pct": 99.9,
+            "val/loss": 0.1,
+            "val/flop_agreement_pct": 100.0 if invariant else 41.5,
+            "equivariance/max_rel_error": 3.1e-7 if invariant else 0.83,
+            "converged": True,
+        },
+    )
+
+
+def _epoch(epoch: int, top1: float) -> dict[str, float]:
+    learnt = 1 - math.exp(-(epoch + 1) / 3)
+    return {
+        "epoch": epoch,
+        "lr": 1e-3,
+        "train/loss": 2.3 - 1.7 * learnt,
+        "val/loss": 2.2 - 2 * learnt,
+        "val/top1_pct": 10 + (top1 - 10) * learnt,
+        "val/top5_pct": 99.0,
+        "perf/img_per_s": 900.0,
+    }
+
+
+def _write_history(folder: Path, rows: list[dict[str, float]]) -> None:
+    with (folder / "history.csv").open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(path: Path, **content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def diverge(folder: Path) -> None:
+    """Makes of a run's folder one whose loss became non-finite in the third epoch."""
+    _write_history(folder, [_epoch(0, 30.0), _epoch(1, 30.0)])
+    write_json(
+        folder / "run.json",
+        run=folder.name,
+        mlflow_run_id="0" * 32,
+        fingerprint="f",
+        status="diverged",
+        message="loss nan in epoch 1 at step 5, lr 0.1; images of this worker's batch: ['train/3/7']",
+    )
+    write_json(
+        folder / "metrics.json",
+        **{
+            "val/top1_pct": 19.7,
+            "val/top5_pct": 66.0,
+            "val/loss": None,
+            "val/flop_agreement_pct": 100.0,
+            "equivariance/max_rel_error": float("nan"),
+            "converged": False,
+        },
+    )
+
+
+def load_results(folder: Path, experiment: config.Experiment) -> dict[str, run_results.RunResult]:
+    return {r.run: r for r in run_results.load_results(experiment, folder / "outputs", folder / "reports")}
+
+
+def cells(folder: Path, experiment: config.Experiment) -> dict[str, dict[str, str]]:
+    compared = table.build_table(list(load_results(folder, experiment).values()))
+    return {row[0]: dict(zip(compared.columns, row, strict=True)) for row in compared.texts}

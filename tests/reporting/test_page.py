@@ -1,0 +1,112 @@
+"""The report says what the files say, of good runs and of bad ones, and draws it without collisions."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.base import config, schema
+from pipeline.reporting import page, run_results
+from stages import report as report_stage
+from tests.reporting.conftest import ROOT, TOP1, load_results, write_fake_study
+
+
+def test_nothing_measured_is_a_report_too(tmp_path: Path) -> None:
+    experiment = write_fake_study(tmp_path)
+    results = run_results.load_results(experiment, tmp_path / "nowhere", tmp_path / "nowhere")
+    compared, written = page.write_report(experiment, results, tmp_path / "reports")
+    assert written.is_file() and all("†" in row[0] for row in compared.texts)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A report of seven runs in an experiment with a bold name, of which one has its files and all their MLflow run."""
+
+    folder: Path
+    experiment: config.Experiment
+    results: list[run_results.RunResult]
+    content: str
+    url: str = "http://127.0.0.1:5000/#/a?b&c"
+
+    @property
+    def reports(self) -> Path:
+        return self.folder / "reports"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp("written")
+    experiment = write_fake_study(folder).model_copy(update={"tracking": schema.Tracking(experiment="<b>digits</b>")})
+    for file in ("config.yaml", "weights.safetensors"):
+        (folder / "outputs/vit" / file).touch()
+    results = list(load_results(folder, experiment).values())
+    return Written(folder, experiment, results, _write(folder, experiment, results))
+
+
+def _write(folder: Path, experiment: config.Experiment, results: list[run_results.RunResult]) -> str:
+    _, path = page.write_report(
+        experiment, results, folder / "reports", outputs=folder / "outputs", run_urls={"0" * 32: Written.url}
+    )
+    return path.read_text()
+
+
+def test_page_is_self_contained_and_the_same_for_the_same_numbers(written: Written) -> None:
+    content = written.content
+    assert content == _write(written.folder, written.experiment, written.results)
+    assert not re.search(r"\bsrc=|@import|url\((?!#)|<link", content)
+    ids = re.findall(r'\bid="([^"]*)"', content)
+    assert len(ids) == len(set(ids)) and content.count("<svg ") == 4
+    assert set(re.findall(r'(?:href="|url\()#([\w-]+)', content)) <= set(ids)
+    pngs = {path.stem for path in (written.reports / "figures").glob("*.png")}
+    assert pngs == {"accuracy_vs_flops", "flops_vs_params", "throughput_gain", "training_curves"}
+    assert (written.reports / "report.md").read_text().count("\n| ") == 2 + len(written.results)
+
+
+def test_every_link_leads_somewhere_and_every_figure_has_its_data(written: Written) -> None:
+    links = [html.unescape(link) for link in re.findall(r'<a href="([^"]+)"', written.content)]
+    assert links.count(written.url) == len(written.results)
+    files = [link for link in links if not link.startswith("http")]
+    assert all((written.reports / file).resolve().is_file() for file in files)
+    assert {"../outputs/vit/config.yaml", "../outputs/vit/weights.safetensors", "cards/e-vit.md"} <= set(files)
+    assert "../outputs/e-vit/config.yaml" not in files
+    for name in ("accuracy_vs_flops", "flops_vs_params", "throughput_gain", "training_curves"):
+        assert {f"figures/{name}.csv", f"figures/{name}.png"} <= set(files)
+    with (written.reports / "figures/accuracy_vs_flops.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert {run: float(row["val/top1_pct"]) for run, row in rows.items()} == TOP1
+    assert float(rows["e-vit"]["complexity/gflops"]) == 0.0012
+
+
+def test_table_can_be_sorted_and_marks_say_what_they_are_without_a_script(written: Written) -> None:
+    content = written.content
+    script = (ROOT / "pipeline/reporting/templates/page.js").read_text().strip()
+    assert script in content and '<table class="sortable">' in content
+    assert '<th scope="row" class="word" data-order="vit">vit</th>' in content
+    assert re.search(r'data-order="98\.6">98\.6<', content)
+    marks = re.findall(r'<g class="mark" data-run="([^"]+)"><title>([^<]+)</title>', content)
+    assert {run for run, _ in marks} == set(TOP1)
+    assert ("e-vit", "e-vit: MFLOPs per image 1.2; validation top-1 (%) 96.1") in marks
+
+
+def test_names_that_look_like_markup_are_text(written: Written) -> None:
+    assert "<b>digits" not in written.content and "&lt;b&gt;digits" in written.content
+
+
+def test_stage_prints_the_table_and_where_the_page_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_fake_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    report_stage.run()
+    assert capsys.readouterr().out == ""
+    report_stage.print_report()
+    printed = capsys.readouterr().out.rstrip()
+    assert printed.endswith(str(tmp_path / "reports/index.html"))
+    lines = printed.splitlines()[:-1]
+    assert max(map(len, lines)) <= 80 and sum("e-convnext" in line for line in lines) > 1
+    assert all(word in printed for word in ("E(ConvNeXt (iso.))", "24,000", "3.1e-07", "98.6"))
