@@ -42,34 +42,34 @@ def main() -> None:
     print("| network | ms, given back | ms, kept | given back / kept | page faults, given back | kept |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for model in args.models:
-        sides = in_turn(model, args.batch_size, args.runs)
-        ratios = [slow / fast for (slow, _), (fast, _) in zip(*sides, strict=True)]
+        passes = measure_alternating(model, args.batch_size, args.runs)
+        ratios = [slow / fast for (slow, _), (fast, _) in zip(*passes, strict=True)]
         low, high = quartiles(ratios)
-        ms = [1e3 * statistics.median(seconds for seconds, _ in side) for side in sides]
-        faults = [statistics.median(count for _, count in side) for side in sides]
+        ms = [1e3 * statistics.median(seconds for seconds, _ in process) for process in passes]
+        faults = [statistics.median(count for _, count in process) for process in passes]
         print(f"| {model} | {ms[0]:.0f} | {ms[1]:.0f} | {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f}) "
               f"| {faults[0]:,.0f} | {faults[1]:,.0f} |", flush=True)  # fmt: skip
     print(f"\n{hardware_name('cpu')}, {torch.get_num_threads()} threads; float32, batch {args.batch_size}; "
           f"torch {torch.__version__}, timm {timm.__version__}.")  # fmt: skip
 
 
-def in_turn(model: str, batch_size: int, runs: int) -> list[list[tuple[float, int]]]:
+def measure_alternating(model: str, batch_size: int, runs: int) -> list[list[tuple[float, int]]]:
     """Seconds and page faults of each pass, of the process that gives memory back and of the one that keeps it."""
     context = multiprocessing.get_context("spawn")
-    sides = []
+    pipes = []
     for keep in (False, True):
-        here, there = context.Pipe()
-        context.Process(target=work, args=(there, model, batch_size, keep), daemon=True).start()
-        there.close()
-        here.recv()  # waits for the warm-up before the other process starts
-        sides.append(here)
+        pipe, worker_pipe = context.Pipe()
+        context.Process(target=work, args=(worker_pipe, model, batch_size, keep), daemon=True).start()
+        worker_pipe.close()
+        pipe.recv()  # waits for the warm-up before the other process starts
+        pipes.append(pipe)
     passes: list[list[tuple[float, int]]] = [[], []]
     for _ in range(runs):
-        for side, done in zip(sides, passes, strict=True):
-            side.send(True)
-            done.append(side.recv())
-    for side in sides:
-        side.send(False)
+        for pipe, done in zip(pipes, passes, strict=True):
+            pipe.send(True)
+            done.append(pipe.recv())
+    for pipe in pipes:
+        pipe.send(False)
     return passes
 
 

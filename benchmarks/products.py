@@ -42,29 +42,30 @@ def main() -> None:
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for name, inside, out in (("qkv", 1, 3), ("proj", 1, 1), ("fc1", 1, 4), ("fc2", 4, 1)):
         inside, out = inside * args.width, out * args.width
-        x_mkl, x_onednn, e_mkl, e_onednn = in_turn(
-            [sides(inside, out, halves, by_onednn) for halves in (1, 2) for by_onednn in (False, True)], args.turns
+        x_mkl, x_onednn, e_mkl, e_onednn = measure_alternating(
+            [make_products(inside, out, halves, by_onednn) for halves in (1, 2) for by_onednn in (False, True)],
+            args.turns,
         )
         pairs = ((x_mkl, e_mkl), (x_onednn, e_onednn), (x_mkl, e_onednn), (e_mkl, e_onednn))
         print(f"| {name} | {TOKENS} x {inside} -> {out} |", *(f"{ratios(*pair)} |" for pair in pairs), flush=True)
     print(f"\n{hardware_name('cpu')}, {torch.get_num_threads()} threads; torch {torch.__version__}.")
 
 
-def sides(inside: int, out: int, halves: int, by_onednn: bool) -> Callable[[], None]:
-    """Makes `halves` products, each of so large a part of the features, by oneDNN or by MKL."""
+def make_products(inside: int, out: int, halves: int, by_onednn: bool) -> Callable[[], None]:
+    """Returns a call that makes `halves` products, each of so large a part of the features, by oneDNN or by MKL."""
     shape = TOKENS, inside // halves
     operands = [(torch.randn(shape), torch.randn(out // halves, shape[1]), torch.randn(out // halves))
                 for _ in range(halves)]  # fmt: skip
-    return partial(make, operands, by_onednn)
+    return partial(run_products, operands, by_onednn)
 
 
-def make(operands: list[tuple[Tensor, Tensor, Tensor]], by_onednn: bool) -> None:
+def run_products(operands: list[tuple[Tensor, Tensor, Tensor]], by_onednn: bool) -> None:
     onednn.enable_onednn(by_onednn)
     for x, weight, bias in operands:
         onednn.linear(x, weight, bias)
 
 
-def in_turn(calls: list[Callable[[], None]], turns: int) -> list[list[float]]:
+def measure_alternating(calls: list[Callable[[], None]], turns: int) -> list[list[float]]:
     """Seconds of each call, by turns; three calls beforehand warm up and set how often a turn repeats it."""
     repeats = [max(1, round(TURN_S / min(seconds(call, 1) for _ in range(3)))) for call in calls]
     rounds = [[seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(turns)]

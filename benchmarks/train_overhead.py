@@ -133,7 +133,7 @@ def taking_turns(way: str, place: str, *, steps: int, epochs: int) -> Callable[[
     done, took = 0, 0.0  # total steps, and seconds of this turn
 
     def wrap(train_batches: Callable[..., Iterator[batching.Batch]]) -> Callable[..., Iterator[batching.Batch]]:
-        def in_turn(*args: Any, **kwargs: Any) -> Iterator[batching.Batch]:
+        def batches_in_turns(*args: Any, **kwargs: Any) -> Iterator[batching.Batch]:
             nonlocal done, took
             if not done:
                 Path(place, way, "startup").write_text(f"{time.time()}")
@@ -149,7 +149,7 @@ def taking_turns(way: str, place: str, *, steps: int, epochs: int) -> Callable[[
             if kwargs["epoch"] == epochs - 1:
                 pass_on()
 
-        return in_turn
+        return batches_in_turns
 
     def now() -> float:
         if torch.cuda.is_available():

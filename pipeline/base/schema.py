@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-Positive = Annotated[int, Field(gt=0)]
 
 NameStr = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
@@ -31,7 +29,7 @@ class Data(Section):
     on_bad_image: Literal["error", "skip"]
     """How to treat an image that cannot be decoded: `error` stops the sharding, `skip` leaves the image out and lists
     it in the manifest."""
-    image_size: Positive
+    image_size: PositiveInt
     """Side length of the square training and test images, in pixels."""
     interpolation: Literal["bilinear", "bicubic"]
     """Interpolation filter for every resize."""
@@ -39,7 +37,7 @@ class Data(Section):
     """Mean of each RGB channel, in [0, 1]. It is subtracted from the images."""
     std: tuple[float, float, float]
     """Standard deviation of each RGB channel, in [0, 1]. The images are divided by it."""
-    images_per_shard: Positive
+    images_per_shard: PositiveInt
     """Number of images in each tar."""
     cache_gib: Annotated[float, Field(ge=0)]
     """Maximum size of each node's cache for shards at a URL, in GiB. 0 turns the cache off."""
@@ -66,9 +64,9 @@ class Run(Section):
 
 
 class Recipe(Section):
-    epochs: Positive
+    epochs: PositiveInt
     """Number of passes over the training images."""
-    global_batch_size: Positive
+    global_batch_size: PositiveInt
     """Number of images per optimizer step, summed over all workers."""
     optimizer: Literal["adamw", "lamb"]
     """Optimizer, by its name in timm."""
@@ -119,14 +117,14 @@ class Recipe(Section):
     """Parameter of mixup's beta distribution. 0 turns mixup off."""
     cutmix_alpha: Annotated[float, Field(ge=0)]
     """Parameter of cutmix's beta distribution. 0 turns cutmix off."""
-    mixup_group: Positive
+    mixup_group: PositiveInt
     """Number of images in a group for mixup and cutmix. Images are paired within their group, and each group draws its
     own mixing parameters. timm uses the batch of one GPU as the group. A worker always processes whole groups, also
     when mixup and cutmix are off."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None
     """Decay of the exponential moving average (EMA) of the weights. The average is validated and saved with the
     weights. None turns it off."""
-    repeated_augmentation: Positive
+    repeated_augmentation: PositiveInt
     """Number of times each image is repeated in an epoch, with a different augmentation each time. The length of an
     epoch does not change. 1 turns it off."""
     test_crop_ratio: Annotated[float, Field(gt=0, le=1)]
@@ -134,19 +132,19 @@ class Recipe(Section):
 
 
 class Train(Section):
-    workers: Positive | tuple[Positive, Positive]
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt]
     """Number of Ray Train workers, one process each. A pair [min, max] uses as many as fit on the cluster, and adapts
     while the run trains."""
-    cpus_per_worker: Positive
+    cpus_per_worker: PositiveInt
     """Number of CPU cores, and of torch threads, per worker."""
     gpu: Literal["auto"] | bool
     """Whether each worker uses a GPU. `auto` uses GPUs if the cluster has any."""
     loader_workers: Annotated[int, Field(ge=0)]
     """Number of processes per worker that decode images. 0 decodes in the worker itself."""
-    batch_per_worker: Literal["auto"] | Positive
+    batch_per_worker: Literal["auto"] | PositiveInt
     """Number of images per forward pass. If a worker's share of the global batch is larger, it accumulates gradients.
     `auto` uses as many images as fit on the GPU, or the whole share on a CPU."""
-    checkpoint_steps: Positive | None
+    checkpoint_steps: PositiveInt | None
     """Number of optimizer steps between checkpoints within an epoch. None saves only at the end of an epoch."""
     amp: Literal["off", "bf16", "fp16"]
     """Autocast dtype of the forward pass. `fp16` scales the loss and needs a GPU."""
@@ -163,7 +161,7 @@ class Train(Section):
     less memory and takes a third more time."""
     compile: bool
     """Whether to train with torch.compile. Without a C++ compiler the run logs a warning and trains in eager mode."""
-    keep_checkpoints: Positive
+    keep_checkpoints: PositiveInt
     """Number of most recent checkpoints to keep. Each includes the best weights so far."""
 
     @property
@@ -178,11 +176,11 @@ class Train(Section):
 
 
 class Throughput(Section):
-    batch_size: Positive
+    batch_size: PositiveInt
     """Number of images per forward pass."""
     warmup: Annotated[int, Field(ge=0)]
     """Number of untimed warm-up passes before the timed passes."""
-    runs: Positive
+    runs: PositiveInt
     """Number of timed passes per model. The passes alternate between the models."""
     dtype: Literal["float32", "bfloat16", "float16"]
     """Autocast dtype. `float32` turns autocast off."""
@@ -210,21 +208,21 @@ class Range(Section):
         if self.choice is not None:
             if not self.choice:
                 raise ValueError("choice needs at least one value")
-        elif self.extremes[0] >= self.extremes[1]:
+        elif self.bounds[0] >= self.bounds[1]:
             raise ValueError("the first number must be below the second")
         elif self.log_uniform is not None and self.log_uniform[0] <= 0:
             raise ValueError("log_uniform needs numbers above 0")
         return self
 
     @property
-    def extremes(self) -> tuple[Any, ...]:
+    def bounds(self) -> tuple[Any, ...]:
         """All values of a choice, or the two bounds of a range."""
         values = (self.choice, self.uniform, self.log_uniform, self.integer)
         return next(value for value in values if value is not None)
 
 
 class AshaParams(Section):
-    grace_epochs: Positive
+    grace_epochs: PositiveInt
     """Number of epochs that every trial trains before it can be stopped."""
     reduction_factor: Annotated[int, Field(ge=2)]
     """ASHA's reduction factor: 1 in `reduction_factor` trials continues at each rung. The rungs are `grace_epochs`
@@ -234,7 +232,7 @@ class AshaParams(Section):
 class ProxyParams(Section):
     """A cheaper substitute for the data set that trials train on."""
 
-    image_size: Positive | None
+    image_size: PositiveInt | None
     """Side length of the images in pixels, also used as the model's `img_size`. None uses the size of the data set."""
     classes: Annotated[int, Field(ge=2)] | None
     """Number of classes, evenly spaced in the list of classes. None uses all classes."""
@@ -243,18 +241,18 @@ class ProxyParams(Section):
 class SweepParams(Section):
     runs: tuple[str, ...]
     """Names of the runs to sweep, which are keys of `models`."""
-    seeds: Positive
+    seeds: PositiveInt
     """Number of seeds per configuration: the seed of the run and the ones that follow it."""
-    epochs: Positive | None
+    epochs: PositiveInt | None
     """Number of epochs per trial. Warm-up and cooldown are shortened in proportion. None uses the epochs of the
     recipe."""
     proxy: ProxyParams | None
     """A cheaper substitute for the data set that trials train on. None trains on the whole data set."""
-    workers: Positive
+    workers: PositiveInt
     """Number of workers per trial. Each reserves `cpus_per_worker` cores, one more core per loader process, and a GPU
     if `train.gpu` asks for one. A single worker runs in the process of the trial; several workers are a Ray Train
     run."""
-    cpus_per_worker: Positive
+    cpus_per_worker: PositiveInt
     """Number of CPU cores, and of torch threads, per worker."""
 
     def cpus(self, train: Train) -> int:
@@ -270,9 +268,9 @@ class RecipeSweepParams(SweepParams):
     searcher: Literal["optuna", "random", "grid"]
     """Search algorithm: `optuna` is Optuna's TPE, `random` is random search, and `grid` is grid search over all
     combinations of choices and integers."""
-    trials: Positive | None
+    trials: PositiveInt | None
     """Number of configurations per run. The first is the recipe of the run itself. None tries the whole grid."""
-    round: Positive
+    round: PositiveInt
     """Number of configurations to suggest at once. The next round starts when all of them have finished. A trial is
     compared only with earlier rounds when ASHA decides whether to stop it, so results do not depend on the order in
     which trials finish."""

@@ -36,8 +36,8 @@ class ImageLocation(NamedTuple):
     file: str
     offset: int
     size: int
-    packed: int
-    zipped: int
+    stored_size: int
+    compression: int
 
 
 class ImageReader:
@@ -74,7 +74,7 @@ class ImageReader:
             if location.file != self._file:
                 self._close()
                 self._descriptor, self._file = os.open(self.root / location.file, os.O_RDONLY), location.file
-            if location.zipped == NOT_ZIPPED:
+            if location.compression == NOT_ZIPPED:
                 self._read_exactly(buffer, location.offset)
             else:
                 self._read_zip_member(location, buffer)
@@ -88,13 +88,13 @@ class ImageReader:
         if signature != zipfile.stringFileHeader:  # type: ignore[attr-defined]
             raise SourceError(f"{self.root / location.file} is damaged: no member of the zip at byte {location.offset}")
         start = location.offset + _ZIP_HEADER.size + name + extra
-        if location.zipped != DEFLATED:
+        if location.compression != DEFLATED:
             self._read_exactly(buffer, start)
             return
-        packed = bytearray(location.packed)
-        self._read_exactly(memoryview(packed), start)
+        deflated = bytearray(location.stored_size)
+        self._read_exactly(memoryview(deflated), start)
         try:
-            buffer[:] = zlib.decompress(packed, -zlib.MAX_WBITS, location.size)
+            buffer[:] = zlib.decompress(deflated, -zlib.MAX_WBITS, location.size)
         except (zlib.error, ValueError):
             raise SourceError(
                 f"{self.root / location.file} is damaged: the member at byte {location.offset} of the zip "
@@ -135,7 +135,7 @@ class ImageReader:
 def _prefetch_windows(locations: Sequence[ImageLocation]) -> Iterator[Sequence[ImageLocation]]:
     start = num_bytes = 0
     for number, location in enumerate(locations):
-        num_bytes += location.packed
+        num_bytes += location.stored_size
         if num_bytes > _PREFETCH_BYTES:
             yield locations[start : number + 1]
             start, num_bytes = number + 1, 0
@@ -149,14 +149,14 @@ def _prefetch_file(path: Path, locations: Sequence[ImageLocation]) -> None:
         if _is_cached(descriptor, locations[:: -(-len(locations) // _NUM_PROBES)]):
             return  # prefetching cached data would take a tenth of the time of reading it
         for location in locations:
-            os.posix_fadvise(descriptor, location.offset, location.packed, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(descriptor, location.offset, location.stored_size, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
 
 
 def _is_cached(descriptor: int, locations: Sequence[ImageLocation]) -> bool:
     """Whether the images are in the page cache. Probes their middles: listing reads what lies between."""
-    middles = (location.offset + location.packed // 2 for location in locations)
+    middles = (location.offset + location.stored_size // 2 for location in locations)
     try:
         return all(os.preadv(descriptor, [bytearray(1)], middle, os.RWF_NOWAIT) for middle in middles)
     except OSError:  # not cached, or the system does not support the query

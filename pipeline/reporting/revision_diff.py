@@ -34,7 +34,7 @@ class CompareError(ValueError):
 
 @dataclass(frozen=True)
 class Revision:
-    """One side of a comparison."""
+    """One of the two revisions of a comparison."""
 
     name: str
     metrics: Mapping[str, Mapping[str, float | bool]]
@@ -45,7 +45,7 @@ class Revision:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric or a setting that differs between the two sides. None: missing on that side."""
+    """A metric or a setting that differs between the two revisions. None: missing in that revision."""
 
     run: str
     """The run; empty for a setting."""
@@ -56,7 +56,9 @@ class Difference:
     @property
     def change(self) -> float | None:
         known = [
-            side for side in (self.before, self.after) if isinstance(side, int | float) and not isinstance(side, bool)
+            value
+            for value in (self.before, self.after)
+            if isinstance(value, int | float) and not isinstance(value, bool)
         ]
         return known[1] - known[0] if len(known) == 2 else None
 
@@ -68,37 +70,37 @@ def load_revision(where: str | None) -> Revision:
     """
     folder = Path(where or ".")
     if folder.is_dir():
-        found = folder / METRICS
-        if not found.is_file():
-            raise CompareError(f"{found} not found: `make repro` writes it")
+        metrics = folder / METRICS
+        if not metrics.is_file():
+            raise CompareError(f"{metrics} not found: `make repro` writes it")
         params = (folder / PARAMS).read_text() if (folder / PARAMS).is_file() else ""
-        return _parse_revision(folder.resolve().name if where else "now", found.read_text(), params)
+        return _parse_revision(folder.resolve().name if where else "now", metrics.read_text(), params)
     assert where is not None
     return _parse_revision(where, _read_at_revision(where, METRICS), _read_at_revision(where, PARAMS))
 
 
 def find_differences(before: Revision, after: Revision) -> list[Difference]:
     """Returns the settings that differ, then the metrics of each run that differ."""
-    found = _compare_params(before.params, after.params)
+    differences = _compare_params(before.params, after.params)
     for run in _run_names(before, after):
         if run not in before.metrics or run not in after.metrics:
-            found.append(Difference(run, "the run", before.metrics.get(run), after.metrics.get(run)))
+            differences.append(Difference(run, "the run", before.metrics.get(run), after.metrics.get(run)))
             continue
         old, new = before.metrics[run], after.metrics[run]
-        found += [Difference(run, name, old.get(name), new.get(name)) for name in dict.fromkeys((*old, *new))]
-    return [difference for difference in found if difference.before != difference.after]
+        differences += [Difference(run, name, old.get(name), new.get(name)) for name in dict.fromkeys((*old, *new))]
+    return [difference for difference in differences if difference.before != difference.after]
 
 
 def build_comparison_table(before: Revision, after: Revision) -> Table:
     """Builds a table with a row per run and, for each known metric, both sides and the change."""
-    known = {key for side in (before, after) for numbers in side.metrics.values() for key in numbers}
+    known = {key for revision in (before, after) for numbers in revision.metrics.values() for key in numbers}
     keys = [key for key in _HEADINGS if key in known]
     rows = []
     for run in _run_names(before, after):
         cells = [Cell(run, run)]
         for key in keys:
             formatter = _HEADINGS[key][1]
-            both = [side.metrics.get(run, {}).get(key) for side in (before, after)]
+            both = [revision.metrics.get(run, {}).get(key) for revision in (before, after)]
             change = Difference(run, key, *both).change
             cells += [_make_cell(value, formatter) for value in both]
             cells.append(Cell(MISSING) if change is None else Cell(format_change(change, formatter), change))
@@ -114,8 +116,8 @@ def build_comparison_table(before: Revision, after: Revision) -> Table:
 def write_comparison(before: Revision, after: Revision, reports: Path = Path("reports")) -> Path:
     """Writes comparison.html and returns its path."""
     page = reports / "comparison.html"
-    found = find_differences(before, after)
-    listed = [(d.run, d.name, format_value(d.before), format_value(d.after)) for d in found]
+    differences = find_differences(before, after)
+    listed = [(d.run, d.name, format_value(d.before), format_value(d.after)) for d in differences]
     page.write_text(
         render_template(
             "comparison.html",
@@ -172,14 +174,14 @@ def _parse_revision(name: str, metrics: str, params: str) -> Revision:
 
 def _compare_params(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[Difference]:
     """Returns the outermost keys that differ: of a new model, only its name."""
-    found = []
+    differences = []
     for key in dict.fromkeys((*before, *after)):
         old, new = before.get(key), after.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _compare_params(old, new, f"{prefix}{key}.")
+            differences += _compare_params(old, new, f"{prefix}{key}.")
         else:
-            found.append(Difference("", f"{prefix}{key}", old, new))
-    return found
+            differences.append(Difference("", f"{prefix}{key}", old, new))
+    return differences
 
 
 def _run_names(before: Revision, after: Revision) -> list[str]:

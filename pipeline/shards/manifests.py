@@ -87,12 +87,12 @@ class Manifest:
     """Files of the source that are not images, judging by their suffix."""
 
 
-def write_index(out: Path, split: str, table: pa.Table, indices: dict[str, FileEntry]) -> None:
-    """Writes the index of a split and adds its entry to `indices`."""
+def write_index(out: Path, split: str, table: pa.Table, entries: dict[str, FileEntry]) -> None:
+    """Writes the index of a split and adds its entry to `entries`."""
     name = f"{split}.index.parquet"
     with atomic_path(out / name) as path:
         pq.write_table(table, path)
-        indices[name] = {"size": path.stat().st_size, "xxh3": checksum_file(path)}
+        entries[name] = {"size": path.stat().st_size, "xxh3": checksum_file(path)}
 
 
 def write_manifest(out: Path, manifest: Manifest) -> None:

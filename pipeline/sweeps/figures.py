@@ -47,8 +47,8 @@ def draw_recipe_sweep(folder: Path) -> list[RenderedFigure]:
                 _plot_importance(findings),
                 [
                     {"run": run, "field": field, "importance": share}
-                    for run, found in findings.items()
-                    for field, share in found["importance"].items()
+                    for run, run_findings in findings.items()
+                    for field, share in run_findings["importance"].items()
                 ],
             ),
             render_figure(
@@ -84,37 +84,37 @@ def draw_hybrid_sweep(folder: Path) -> list[RenderedFigure]:
 def _plot_history(trials: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> Figure:
     figure = Figure(figsize=(5.4, 4.0), layout="constrained")
     axes = figure.subplots()
-    for colour, run in zip(_COLORS * len(runs), runs, strict=False):
-        of = [trial for trial in trials if trial["run"] == run]
+    for color, run in zip(_COLORS * len(runs), runs, strict=False):
+        trials_of_run = [trial for trial in trials if trial["run"] == run]
         best, line = None, []
-        for number, trial in enumerate(of):
+        for number, trial in enumerate(trials_of_run):
             value = trial["top1_pct"]
             if value is None:
                 continue
-            words = mark_gid(run, f"{trial['trial']}, {trial['state']}: top-1 {value:.1f}%")
+            gid = mark_gid(run, f"{trial['trial']}, {trial['state']}: top-1 {value:.1f}%")
             if trial["state"] in ("diverged", "failed"):
-                axes.plot(number, value, "x", color=colour, gid=words)
+                axes.plot(number, value, "x", color=color, gid=gid)
                 continue
-            face = colour if trial["state"] == "finished" else "white"
-            axes.plot(number, value, "s" if trial["confirms"] else "o", color=colour, markerfacecolor=face, gid=words)
+            face = color if trial["state"] == "finished" else "white"
+            axes.plot(number, value, "s" if trial["confirms"] else "o", color=color, markerfacecolor=face, gid=gid)
             if trial["state"] == "finished" and not trial["confirms"]:
                 best = max(value, best or value)
                 line.append((number, best))
         if line:
-            axes.plot(*zip(*line, strict=True), color=colour, label=run, drawstyle="steps-post", alpha=0.6)
+            axes.plot(*zip(*line, strict=True), color=color, label=run, drawstyle="steps-post", alpha=0.6)
     axes.set(xlabel="trial", ylabel="validation top-1 (%)")
     axes.legend()
     return figure
 
 
 def _plot_importance(findings: Mapping[str, Any]) -> Figure:
-    fields = list(dict.fromkeys(field for found in findings.values() for field in found["importance"]))
+    fields = list(dict.fromkeys(field for run_findings in findings.values() for field in run_findings["importance"]))
     figure = Figure(figsize=(5.4, 1.2 + 0.4 * max(1, len(fields))), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(findings)
-    for number, (run, found) in enumerate(findings.items()):
+    for number, (run, run_findings) in enumerate(findings.items()):
         places = [place + number * height for place in range(len(fields))]
-        shares = [found["importance"].get(field, 0.0) for field in fields]
+        shares = [run_findings["importance"].get(field, 0.0) for field in fields]
         axes.barh(places, shares, height, label=run, color=_COLORS[number % len(_COLORS)])
     axes.set(yticks=[place + 0.4 - height / 2 for place in range(len(fields))], yticklabels=fields, xlabel="importance")
     axes.invert_yaxis()
@@ -124,11 +124,14 @@ def _plot_importance(findings: Mapping[str, Any]) -> Figure:
 
 def _plot_parallel(trials: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(5.4, 2.9 * len(findings)), layout="constrained")
-    for axes, (run, found) in zip(figure.subplots(len(findings), squeeze=False)[:, 0], findings.items(), strict=True):
-        fields = list(found["own"]["params"])
+    for axes, (run, run_findings) in zip(
+        figure.subplots(len(findings), squeeze=False)[:, 0], findings.items(), strict=True
+    ):
+        fields = list(run_findings["own"]["params"])
         lines = [t for t in trials if t["run"] == run and not t["confirms"] and t["top1_pct"] is not None]
         scales = {
-            field: _scale_values([t.get(field, "") for t in lines], field in found["log_fields"]) for field in fields
+            field: _scale_values([t.get(field, "") for t in lines], field in run_findings["log_fields"])
+            for field in fields
         }
         top1 = [t["top1_pct"] for t in lines]
         low, high = (min(top1), max(top1)) if top1 else (0.0, 1.0)
@@ -172,7 +175,7 @@ def _scale_values(values: Sequence[str], log: bool) -> tuple[dict[str, float], t
         numbers = {value: float(place) for place, value in enumerate(known)}
     ordered = sorted(numbers, key=lambda value: numbers[value])
     low, high = numbers[ordered[0]], numbers[ordered[-1]]
-    heights = {value: (at - low) / (high - low) if high > low else 0.5 for value, at in numbers.items()}
+    heights = {value: (number - low) / (high - low) if high > low else 0.5 for value, number in numbers.items()}
     ends = (ordered[0] or "default", ordered[-1] or "default")
     return heights, ends if high > low else (ends[0], "")
 
@@ -183,15 +186,15 @@ def _plot_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
     unit, name = (1e9, "GFLOPs") if max(row["flops"] for row in rows) >= 1e9 else (1e6, "MFLOPs")
     handles = []
     for number, run in enumerate(dict.fromkeys(row["run"] for row in rows)):
-        colour = _COLORS[number % len(_COLORS)]
-        of = [row for row in rows if row["run"] == run and row["top1"]]
-        front = sorted((row["flops"] / unit, row["top1_pct"]) for row in of if row["on_front"])
+        color = _COLORS[number % len(_COLORS)]
+        rows_of_run = [row for row in rows if row["run"] == run and row["top1"]]
+        front = sorted((row["flops"] / unit, row["top1_pct"]) for row in rows_of_run if row["on_front"])
         if front:
-            axes.plot(*zip(*front, strict=True), color=colour, alpha=0.5, linewidth=1.2)
-        for row in of:
+            axes.plot(*zip(*front, strict=True), color=color, alpha=0.5, linewidth=1.2)
+        for row in rows_of_run:
             x, y = row["flops"] / unit, row["top1_pct"]
-            axes.plot([x, x], [min(row["top1"]), max(row["top1"])], color=colour, linewidth=1, alpha=0.6)
-            words = (
+            axes.plot([x, x], [min(row["top1"]), max(row["top1"])], color=color, linewidth=1, alpha=0.6)
+            description = (
                 f"{run}, k = {row['k']}: {x:.4g} {name}, top-1 {y:.1f}% "
                 f"({min(row['top1']):.1f} to {max(row['top1']):.1f}, {len(row['top1'])} seeds)"
             )
@@ -199,12 +202,12 @@ def _plot_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 x,
                 y,
                 "o",
-                color=colour,
-                markerfacecolor=colour if row["on_front"] else "white",
-                gid=mark_gid(run, words),
+                color=color,
+                markerfacecolor=color if row["on_front"] else "white",
+                gid=mark_gid(run, description),
             )
-            axes.annotate(f"k={row['k']}", (x, y), (5, 4), textcoords="offset points", fontsize=8, color=colour)
-        handles.append(Line2D([], [], color=colour, marker="o", label=run))
+            axes.annotate(f"k={row['k']}", (x, y), (5, 4), textcoords="offset points", fontsize=8, color=color)
+        handles.append(Line2D([], [], color=color, marker="o", label=run))
     axes.set(xlabel=f"{name} per image", ylabel="validation top-1 (%)")
     axes.margins(x=0.1)
     axes.legend(handles=handles)

@@ -67,7 +67,7 @@ def apply_point(experiment: Experiment, run_name: str, point: Point) -> tuple[Ru
 
 
 def check_search_space(experiment: Experiment) -> None:
-    """Checks the extremes of every field, and some points of every run's space, without training.
+    """Checks the bounds of every field, and some points of every run's space, without training.
 
     Raises: ConfigError, which names the field, or the point if only the combination is invalid.
     """
@@ -85,7 +85,7 @@ def check_search_space(experiment: Experiment) -> None:
                 )
             if sweep.searcher == "grid" and values.choice is None and values.integer is None:
                 raise ConfigError(f"{where}: a grid needs choices or integers")
-            for value in values.extremes:
+            for value in values.bounds:
                 try:
                     _check_point(experiment, run_name, {field: value})
                 except ConfigError as error:
@@ -174,7 +174,7 @@ def _build_sampler(searcher: str, seed: int) -> optuna.samplers.BaseSampler:
 
 def _grid_points(space: Mapping[str, Range]) -> Iterator[Point]:
     def values(of: Range) -> Sequence[Any]:
-        return of.choice if of.choice is not None else range(of.extremes[0], of.extremes[1] + 1)
+        return of.choice if of.choice is not None else range(of.bounds[0], of.bounds[1] + 1)
 
     combinations = itertools.product(*(values(of) for of in space.values()))
     return (dict(zip(space, combination, strict=True)) for combination in combinations)
@@ -186,14 +186,14 @@ def _to_distribution(values: Range) -> BaseDistribution:
         return CategoricalDistribution(range(len(values.choice)))
     if values.integer is not None:
         return IntDistribution(*values.integer)
-    return FloatDistribution(*values.extremes, log=values.log_uniform is not None)
+    return FloatDistribution(*values.bounds, log=values.log_uniform is not None)
 
 
 def _from_optuna(of: Range, drawn: Any) -> Any:
     """As people would write it: numbers to four digits."""
     if of.choice is not None:
         return of.choice[drawn]
-    low, high = of.extremes
+    low, high = of.bounds
     return drawn if isinstance(drawn, int) else min(max(float(f"{drawn:.4g}"), low), high)
 
 

@@ -141,8 +141,8 @@ class KaggleZip:
             "file": self.path.name,
             "offset": member.header_offset,
             "size": member.file_size,
-            "packed": member.compress_size,
-            "zipped": _COMPRESSION[member.compress_type],
+            "stored_size": member.compress_size,
+            "compression": _COMPRESSION[member.compress_type],
         }
 
 

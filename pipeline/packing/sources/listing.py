@@ -32,8 +32,8 @@ IMAGES_SCHEMA = pa.schema(
         ("file", pa.string()),  # the file that holds the image, relative to the source's root
         ("offset", pa.int64()),  # of the image in that file, or of its local header in a zip, in bytes
         ("size", pa.int64()),  # of the image, bytes
-        ("packed", pa.int64()),  # its size in the file, in bytes: less than `size` if deflated
-        ("zipped", pa.int8()),  # NOT_ZIPPED, STORED or DEFLATED
+        ("stored_size", pa.int64()),  # its size in the file, in bytes: less than `size` if deflated
+        ("compression", pa.int8()),  # NOT_ZIPPED, STORED or DEFLATED
     ]
 )
 
@@ -75,8 +75,8 @@ class ListingBuilder:
         *,
         offset: int = 0,
         size: int,
-        packed: int | None = None,
-        zipped: int = NOT_ZIPPED,
+        stored_size: int | None = None,
+        compression: int = NOT_ZIPPED,
     ) -> None:
         """Adds an image of the class `label`. A file without an image suffix is only added to `ignored`."""
         name = f"{split}/{label}/{image}"
@@ -87,7 +87,7 @@ class ListingBuilder:
         if split == "train":
             self._train_classes.add(label)
         rows = self._rows[split]
-        rows.append((name, code, file, offset, size, size if packed is None else packed, zipped))
+        rows.append((name, code, file, offset, size, size if stored_size is None else stored_size, compression))
         if len(rows) == _CHUNK_ROWS:
             self._flush(split)
 

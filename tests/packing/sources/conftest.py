@@ -48,12 +48,12 @@ def rows(listing: Listing) -> list[dict]:
 
 def content(root: Path, row: dict) -> bytes:
     """The image of a row, read with only the standard library."""
-    if row["zipped"] == NOT_ZIPPED:
+    if row["compression"] == NOT_ZIPPED:
         with (root / row["file"]).open("rb") as file:
             file.seek(row["offset"])
             return file.read(row["size"])
     with zipfile.ZipFile(root / row["file"]) as archive:
         member = next(member for member in archive.infolist() if member.header_offset == row["offset"])
-        assert (member.file_size, member.compress_size) == (row["size"], row["packed"])
-        assert member.compress_type == {1: zipfile.ZIP_STORED, 2: zipfile.ZIP_DEFLATED}[row["zipped"]]
+        assert (member.file_size, member.compress_size) == (row["size"], row["stored_size"])
+        assert member.compress_type == {1: zipfile.ZIP_STORED, 2: zipfile.ZIP_DEFLATED}[row["compression"]]
         return archive.read(member)

@@ -16,7 +16,7 @@ from tests.packing.sources.conftest import TENCH, rows, scan
 
 def test_kaggles_zip_has_stored_and_deflated_images(images, tmp_path):
     listing = scan(layouts.kaggle_zip(images, tmp_path / "source"))
-    assert {row["zipped"] for row in rows(listing)} == {1, 2}
+    assert {row["compression"] for row in rows(listing)} == {1, 2}
 
 
 def test_a_zip_may_be_named_itself(images, tmp_path):
