@@ -105,5 +105,5 @@ def test_compiled_code_calls_the_same_operator():
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
-    small = x[:10]  # `uses_onednn` is False for this size
-    torch.testing.assert_close(compiled(small), layer(small))
+    few_rows = x[:10]  # `uses_onednn` is False for this size
+    torch.testing.assert_close(compiled(few_rows), layer(few_rows))

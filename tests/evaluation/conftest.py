@@ -85,7 +85,7 @@ def experiment(
 
 
 @torch.no_grad()
-def network(experiment: config.Experiment, run_name: str, seed: int) -> nn.Module:
+def random_network(experiment: config.Experiment, run_name: str, seed: int) -> nn.Module:
     """Random weights, of which a bias keeps any class from being the validation images' only one."""
     run, shards = experiment.run(run_name), manifests.Shards(experiment.data.shards)
     recipe_ = experiment.recipe(run_name)
@@ -98,9 +98,9 @@ def network(experiment: config.Experiment, run_name: str, seed: int) -> nn.Modul
 
 
 @torch.no_grad()
-def constant(experiment: config.Experiment, class_: int) -> nn.Module:
+def constant_network(experiment: config.Experiment, class_: int) -> nn.Module:
     """A ViT for which everything is of one class, and otherwise the likelier the smaller the label."""
-    model = network(experiment, "vit", seed=0)
+    model = random_network(experiment, "vit", seed=0)
     head: Any = model.head
     head.weight.zero_()
     head.bias.copy_(torch.linspace(0, -1, len(head.bias)))
@@ -108,7 +108,7 @@ def constant(experiment: config.Experiment, class_: int) -> nn.Module:
     return model
 
 
-def keep(run_name: str, status: str = "finished", **models: nn.Module) -> None:
+def save_outputs(run_name: str, status: str = "finished", **models: nn.Module) -> None:
     """Leaves what a training leaves, with weights by file name."""
     folder = Path("outputs", run_name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,12 +121,12 @@ def keep(run_name: str, status: str = "finished", **models: nn.Module) -> None:
 def logged(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What goes to MLflow."""
     metrics: dict[str, float] = {}
-    monkeypatch.setattr(track, "log_results", lambda run_id, found, artifacts: metrics.update(found))
+    monkeypatch.setattr(track, "log_results", lambda run_id, new_metrics, artifacts: metrics.update(new_metrics))
     return metrics
 
 
 @torch.no_grad()
-def one_by_one(
+def evaluate_one_by_one(
     model: nn.Module, settings: config.Experiment, folder: Path, label_of: Callable[[str], int]
 ) -> dict[str, float]:
     """The accuracies on a folder `<class>/*`, by PIL and one image at a time."""

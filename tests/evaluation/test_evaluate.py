@@ -13,16 +13,24 @@ from torch import nn
 from pipeline.base import errors, imagenet
 from pipeline.evaluation import evaluate
 from pipeline.shards import manifests
-from tests.evaluation.conftest import WNIDS, assert_same, constant, experiment, keep, network, one_by_one
+from tests.evaluation.conftest import (
+    WNIDS,
+    assert_same,
+    constant_network,
+    evaluate_one_by_one,
+    experiment,
+    random_network,
+    save_outputs,
+)
 
 
 @pytest.mark.parametrize("loader_workers", [0, 2])
 def test_every_validation_image_counts_once(place: Path, logged: dict[str, float], loader_workers: int) -> None:
     settings = experiment(loader_workers=loader_workers)
-    model = network(settings, "vit", seed=1)
-    keep("vit", weights=model)
+    model = random_network(settings, "vit", seed=1)
+    save_outputs("vit", weights=model)
     metrics = evaluate.evaluate_run(settings, "vit")
-    expected = one_by_one(model, settings, Path("source/val"), WNIDS.index)
+    expected = evaluate_one_by_one(model, settings, Path("source/val"), WNIDS.index)
     assert {"val/top1_pct", "val/top5_pct", "val/loss"} <= metrics.keys()
     assert_same(metrics, expected, "val/")
     assert metrics == json.loads(Path("outputs/vit/metrics.json").read_text())
@@ -35,27 +43,29 @@ def test_every_validation_image_counts_once(place: Path, logged: dict[str, float
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.usefixtures("logged")
 def test_a_gpu_gives_the_figures_of_the_cpu(place: Path) -> None:
-    settings, found = experiment(ema=True, further_val={"again": "source/val"}), []
-    keep("vit", weights=network(settings, "vit", seed=1), weights_ema=network(settings, "vit", seed=2))
+    settings, results = experiment(ema=True, further_val={"again": "source/val"}), []
+    save_outputs(
+        "vit", weights=random_network(settings, "vit", seed=1), weights_ema=random_network(settings, "vit", seed=2)
+    )
     for gpu in (False, True):
         train = settings.train.model_copy(update={"gpu": gpu, "loader_workers": 2 * gpu})
-        found.append(evaluate.evaluate_run(settings.model_copy(update={"train": train}), "vit"))
+        results.append(evaluate.evaluate_run(settings.model_copy(update={"train": train}), "vit"))
     one_image = 100 / 15  # rounding may decide one
-    assert found[1] == pytest.approx(found[0], rel=1e-2, abs=one_image + 0.1)
-    assert found[1]["val/loss"] == pytest.approx(found[0]["val/loss"], rel=1e-2)
+    assert results[1] == pytest.approx(results[0], rel=1e-2, abs=one_image + 0.1)
+    assert results[1]["val/loss"] == pytest.approx(results[0]["val/loss"], rel=1e-2)
 
 
 def test_averaged_weights_are_measured_beside_the_plain_ones(place: Path, logged: dict[str, float]) -> None:
     settings = experiment(ema=True)
-    plain, averaged = network(settings, "vit", seed=1), network(settings, "vit", seed=2)
-    keep("vit", weights=plain, weights_ema=averaged)
+    plain, averaged = random_network(settings, "vit", seed=1), random_network(settings, "vit", seed=2)
+    save_outputs("vit", weights=plain, weights_ema=averaged)
     metrics = evaluate.evaluate_run(settings, "vit")
-    found = {}
+    expected = {}
     for prefix, model in (("val/", plain), ("val/ema_", averaged)):
-        found[prefix] = one_by_one(model, settings, Path("source/val"), WNIDS.index)
+        expected[prefix] = evaluate_one_by_one(model, settings, Path("source/val"), WNIDS.index)
         assert f"{prefix}top1_pct" in metrics and f"{prefix}top5_pct" in metrics
-        assert_same(metrics, found[prefix], prefix)
-    assert found["val/"]["top1_pct"] != found["val/ema_"]["top1_pct"]
+        assert_same(metrics, expected[prefix], prefix)
+    assert expected["val/"]["top1_pct"] != expected["val/ema_"]["top1_pct"]
     assert logged.keys() == {"val/flop_agreement_pct", "equivariance/max_rel_error"}, "training logs the others"
     assert "val/ema_top1_pct" not in evaluate.evaluate_run(experiment(), "vit"), (
         "left from a recipe that had an average"
@@ -66,21 +76,21 @@ def test_missing_weights_are_named(place: Path) -> None:
     with pytest.raises(errors.ConfigError, match=r"run `dvc repro train@vit` first"):
         evaluate.evaluate_run(experiment(), "vit")
     settings = experiment(ema=True)
-    keep("vit", weights=network(settings, "vit", seed=1))
+    save_outputs("vit", weights=random_network(settings, "vit", seed=1))
     with pytest.raises(errors.ConfigError, match="weights_ema.safetensors not found"):
         evaluate.evaluate_run(settings, "vit")
 
 
 @pytest.mark.usefixtures("logged")
 def test_the_flop_changes_an_ordinary_network_and_no_equivariant_one(place: Path) -> None:
-    settings, found = experiment(), {}
+    settings, metrics = experiment(), {}
     for name in ("vit", "e-vit"):
-        keep(name, weights=network(settings, name, seed=1))
-        found[name] = evaluate.evaluate_run(settings, name)
-    assert found["e-vit"]["val/flop_agreement_pct"] == 100
-    assert found["e-vit"]["equivariance/max_rel_error"] < 1e-4
-    assert found["vit"]["val/flop_agreement_pct"] < 100
-    assert found["vit"]["equivariance/max_rel_error"] > 1e-2
+        save_outputs(name, weights=random_network(settings, name, seed=1))
+        metrics[name] = evaluate.evaluate_run(settings, name)
+    assert metrics["e-vit"]["val/flop_agreement_pct"] == 100
+    assert metrics["e-vit"]["equivariance/max_rel_error"] < 1e-4
+    assert metrics["vit"]["val/flop_agreement_pct"] < 100
+    assert metrics["vit"]["equivariance/max_rel_error"] > 1e-2
 
 
 def test_an_error_that_is_not_finite_is_not_lost(place: Path) -> None:
@@ -104,5 +114,5 @@ def test_converged_is_a_training_that_ended_above_chance(place: Path) -> None:
     settings = experiment("imagenet")
     label = imagenet.wnids().index(WNIDS[2])
     for status, class_, converged in (("finished", label, True), ("diverged", label, False), ("finished", 3, False)):
-        keep("vit", status, weights=constant(settings, class_))
+        save_outputs("vit", status, weights=constant_network(settings, class_))
         assert evaluate.evaluate_run(settings, "vit")["converged"] is converged

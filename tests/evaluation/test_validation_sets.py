@@ -14,7 +14,15 @@ from pipeline.base import errors, imagenet
 from pipeline.base.errors import SourceError
 from pipeline.evaluation import evaluate, validation_sets
 from stages import check
-from tests.evaluation.conftest import WNIDS, assert_same, constant, experiment, keep, network, one_by_one
+from tests.evaluation.conftest import (
+    WNIDS,
+    assert_same,
+    constant_network,
+    evaluate_one_by_one,
+    experiment,
+    random_network,
+    save_outputs,
+)
 from tests.packing import layouts
 
 
@@ -29,7 +37,7 @@ def test_real_counts_a_class_that_is_one_of_an_images_labels(place: Path, logged
     assert len(counted) < len(known), "an image without labels is among them"
     several = next(labels for labels in counted if len(labels) > 1)
     for class_ in several:
-        keep("vit", weights=constant(settings, class_))
+        save_outputs("vit", weights=constant_network(settings, class_))
         share = 100 * sum(class_ in labels for labels in counted) / len(counted)
         assert evaluate.evaluate_run(settings, "vit")["val/real_top1_pct"] == pytest.approx(share)
         assert share > 0 and logged["val/real_top1_pct"] == pytest.approx(share)
@@ -65,11 +73,11 @@ def v2(place: Path) -> Path:
 
 def test_a_set_in_folders_named_by_imagenets_labels(v2: Path, logged: dict[str, float]) -> None:
     settings = experiment("imagenet", further_val={"v2": str(v2), "again": "source/val"})
-    model = constant(settings, 10)
-    keep("vit", weights=model)
+    model = constant_network(settings, 10)
+    save_outputs("vit", weights=model)
     metrics = evaluate.evaluate_run(settings, "vit")
     assert metrics["v2/top1_pct"] == pytest.approx(100 / 3) == logged["v2/top1_pct"]
-    assert_same(metrics, one_by_one(model, settings, v2, int), "v2/")
+    assert_same(metrics, evaluate_one_by_one(model, settings, v2, int), "v2/")
     for kind in ("top1_pct", "top5_pct"):
         assert metrics[f"again/{kind}"] == metrics[f"val/{kind}"] == logged[f"again/{kind}"]
 
@@ -82,9 +90,9 @@ def test_a_set_in_folders_named_by_class(place: Path) -> None:
         for seed in range(6 + number):
             (folder / f"{seed}.JPG").write_bytes(layouts.jpeg(100 * number + seed))
     settings = experiment(further_val={"more": "more"})
-    model = network(settings, "vit", seed=1)
-    keep("vit", weights=model)
-    expected = one_by_one(model, settings, place / "more", WNIDS.index)
+    model = random_network(settings, "vit", seed=1)
+    save_outputs("vit", weights=model)
+    expected = evaluate_one_by_one(model, settings, place / "more", WNIDS.index)
     metrics = evaluate.evaluate_run(settings, "vit")
     assert metrics["more/top1_pct"] == pytest.approx(expected["top1_pct"])
     assert metrics["more/top5_pct"] == pytest.approx(expected["top5_pct"]) == 100
@@ -99,35 +107,35 @@ def test_numbers_are_labels_of_imagenets_classes_only(v2: Path) -> None:
     assert validation_sets.load_further_set("v2", v2, classes).labels.tolist() == [3, 3, 1, 1, 4, 4]
 
 
-def no_folder(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def a_tar(folder: Path) -> None:
+def replace_by_tar(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_bytes(b"tar")
 
 
-def no_images(folder: Path) -> None:
+def remove_images(folder: Path) -> None:
     for path in folder.glob("*/*.jpeg"):
         path.unlink()
 
 
-def an_unknown_class(folder: Path) -> None:
+def add_unknown_class(folder: Path) -> None:
     (folder / "1000").mkdir()
     (folder / "1000/0.jpeg").write_bytes(layouts.jpeg(0))
 
 
-def classes_of_two_kinds(folder: Path) -> None:
+def mix_class_names(folder: Path) -> None:
     (folder / "10").rename(folder / "n0144O764")
 
 
 @pytest.mark.parametrize(("harm", "message"), [
-    (no_folder, "v2 not found; images must lie in .*v2/<class>/"),
-    (a_tar, "v2 is a file: unpack it"),
-    (no_images, "v2 holds no images"),
-    (an_unknown_class, "by ImageNet's labels, 0 to 999; 1 of 4 are not: 1000; did you mean '100'"),
-    (classes_of_two_kinds, "3 of 3 are not: 0, 2, n0144O764"),
+    (remove_folder, "v2 not found; images must lie in .*v2/<class>/"),
+    (replace_by_tar, "v2 is a file: unpack it"),
+    (remove_images, "v2 holds no images"),
+    (add_unknown_class, "by ImageNet's labels, 0 to 999; 1 of 4 are not: 1000; did you mean '100'"),
+    (mix_class_names, "3 of 3 are not: 0, 2, n0144O764"),
 ])  # fmt: skip
 def test_a_set_that_cannot_be_measured_is_refused_before_anything_starts(
     v2: Path, harm: Callable[[Path], None], message: str
@@ -157,7 +165,7 @@ def test_an_unreadable_image_is_named(v2: Path, kind: str, loader_workers: int) 
     bad = v2 / "10" / "1.jpeg"
     bad.write_bytes(layouts.issue_image(kind))
     settings = experiment("imagenet", further_val={"v2": str(v2)}, loader_workers=loader_workers)
-    keep("vit", weights=constant(settings, 10))
+    save_outputs("vit", weights=constant_network(settings, 10))
     with pytest.raises(SourceError, match="^[^\n]*v2/10/1.jpeg cannot be read [^\n]*: replace or remove it$"):
         evaluate.evaluate_run(settings, "vit")
     assert not Path("outputs/vit/metrics.json").exists()

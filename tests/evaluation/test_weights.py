@@ -20,7 +20,15 @@ from pipeline.base import errors, schema
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.weights import WeightsError
 from stages import evaluate_weights, run_stage
-from tests.evaluation.conftest import ROOT, WNIDS, assert_same, experiment, keep, network, one_by_one
+from tests.evaluation.conftest import (
+    ROOT,
+    WNIDS,
+    assert_same,
+    evaluate_one_by_one,
+    experiment,
+    random_network,
+    save_outputs,
+)
 from tests.hub.test_convert import NETWORKS, authors_weights, ours
 
 PUBLISHED = NETWORKS["E(ViT), fused"]
@@ -39,11 +47,11 @@ def published(place: Path) -> Path:
     return place / "published.pth"
 
 
-def words(args: dict[str, Any]) -> list[str]:
+def format_args(args: dict[str, Any]) -> list[str]:
     return [f"{name}={value}" for name, value in args.items()]
 
 
-def stage(*words: str) -> subprocess.CompletedProcess[str]:
+def run_stage_process(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "stages.evaluate_weights", *words],
         text=True,
@@ -55,10 +63,10 @@ def stage(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_authors_file_is_measured_by_one_command(published: Path) -> None:
     settings = experiment(further_val={"again": "source/val"})
-    done = stage(str(published), PUBLISHED["model"], *words(PUBLISHED_ARGS))
+    done = run_stage_process(str(published), PUBLISHED["model"], *format_args(PUBLISHED_ARGS))
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)
-    expected = one_by_one(ours(PUBLISHED).float(), settings, Path("source/val"), WNIDS.index)
+    expected = evaluate_one_by_one(ours(PUBLISHED).float(), settings, Path("source/val"), WNIDS.index)
     assert metrics["val/top1_pct"] == pytest.approx(expected["top1_pct"]) == metrics["again/top1_pct"]
     assert_same(metrics, expected, "val/")
     assert metrics["val/flop_agreement_pct"] == 100 and metrics["equivariance/max_rel_error"] < 1e-4
@@ -67,12 +75,12 @@ def test_the_authors_file_is_measured_by_one_command(published: Path) -> None:
 
 def test_weights_of_ours_are_measured_as_their_run_is(place: Path, logged: dict[str, float]) -> None:
     settings = experiment()
-    keep("e-vit", weights=network(settings, "e-vit", seed=1))
-    of_run = evaluate.evaluate_run(settings, "e-vit")
+    save_outputs("e-vit", weights=random_network(settings, "e-vit", seed=1))
+    run_metrics = evaluate.evaluate_run(settings, "e-vit")
     args = {name: value for name, value in settings.run("e-vit").args.items() if name != "img_size"}
     path = Path("outputs/e-vit/weights.safetensors")
-    of_file = evaluate.evaluate_weights(settings, path, settings.run("e-vit").model, args)
-    assert of_run == {**of_file, "converged": of_run["converged"]}
+    file_metrics = evaluate.evaluate_weights(settings, path, settings.run("e-vit").model, args)
+    assert run_metrics == {**file_metrics, "converged": run_metrics["converged"]}
 
 
 def test_a_published_file_and_its_conversion_are_the_same(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,9 +88,9 @@ def test_a_published_file_and_its_conversion_are_the_same(published: Path, monke
     monkeypatch.setattr("flopeq.hub.convert.build", lambda name, device, **args: nn.Identity())
     monkeypatch.setattr(nn.Identity, "load_state_dict", lambda *args, **kwargs: None)
     convert_checkpoint(published, model, Path("ours.safetensors"))
-    found = [evaluate.evaluate_weights(settings, path, model, PUBLISHED_ARGS)
+    metrics = [evaluate.evaluate_weights(settings, path, model, PUBLISHED_ARGS)
              for path in (published, Path("ours.safetensors"))]  # fmt: skip
-    assert found[0] == found[1]
+    assert metrics[0] == metrics[1]
     with pytest.raises(WeightsError, match="holds the weights of a flop_deit3_base_patch16_224, not of a "):
         evaluate.evaluate_weights(settings, Path("ours.safetensors"), "deit3_base_patch16_224", {})
 
@@ -123,12 +131,12 @@ def test_the_test_crop_is_that_of_the_models_runs(published: Path) -> None:
     settings = settings.model_copy(update={"recipes": {**settings.recipes, "other": other}})
     with pytest.raises(errors.ConfigError, match="test_crop_ratio 0.875 and 1.0, and the one for"):
         evaluate.evaluate_weights(settings, published, model, PUBLISHED_ARGS)
-    found = []
+    losses = []
     for recipe_name in ("digits", "other"):
         runs = {**settings.models, "published": schema.Run(model=model, recipe=recipe_name)}
         chosen = settings.model_copy(update={"models": runs})
-        found.append(evaluate.evaluate_weights(chosen, published, model, PUBLISHED_ARGS)["val/loss"])
-    assert found[0] != found[1]
+        losses.append(evaluate.evaluate_weights(chosen, published, model, PUBLISHED_ARGS)["val/loss"])
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize(("given", "message"), [

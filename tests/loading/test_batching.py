@@ -17,22 +17,22 @@ from pipeline.loading.datasets import IndexedImages
 from tests.loading.conftest import BATCH, FIELDS, GROUP, NUM_TRAIN, NUM_VAL, assert_same
 
 
-def joined(parts: Iterable[Batch]) -> Batch:
+def join_batches(parts: Iterable[Batch]) -> Batch:
     parts = list(parts)
     seeds = tuple(seed for part in parts for seed in part.seeds)
     return Batch(*(torch.cat([getattr(part, field) for part in parts]) for field in FIELDS), seeds)
 
 
-def steps(batches: Iterable[Batch]) -> list[Batch]:
+def join_microbatches(batches: Iterable[Batch]) -> list[Batch]:
     """Joins the microbatches of one rank to its parts of the global batches."""
-    found, pieces = [], []
+    whole_steps, pieces = [], []
     for batch in batches:
         pieces.append(batch)
         if batch.ends_step:
-            found.append(joined(pieces))
+            whole_steps.append(join_batches(pieces))
             pieces = []
     assert not pieces
-    return found
+    return whole_steps
 
 
 def test_epoch_order_is_a_permutation_of_its_seed_and_epoch():
@@ -93,11 +93,12 @@ def test_pixels_and_steps_do_not_depend_on_world_size_resume_point_or_loader_pro
 ):
     ranks = [train(epoch, num_repeats, rank=rank, **division) for rank in range(division["world_size"])]
     assert all(len(batch.images) <= division["batch_size"] for batches in ranks for batch in batches)
-    parts = [steps(batches) for batches in ranks]
+    parts = [join_microbatches(batches) for batches in ranks]
     assert {len(batches) for batches in parts} == {NUM_TRAIN // BATCH - division["start_step"]}
-    found = [joined(of_step) for of_step in zip(*parts, strict=True)]
+    batches = [join_batches(step_parts) for step_parts in zip(*parts, strict=True)]
     expected = train(epoch, num_repeats)[division["start_step"] :]
-    assert_same(expected, found) if expected else None
+    if expected:
+        assert_same(expected, batches)
 
 
 def test_epochs_and_images_are_augmented_differently(train):

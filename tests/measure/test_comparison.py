@@ -25,7 +25,7 @@ DEPTH = {"vit": {"depth": 2, "num_heads": 2}, "convnext_iso": {"depth": 2}, "res
 SIZE = (3, 32, 32)
 
 
-def small(name, device="cpu"):
+def build_small(name, device="cpu"):
     """A narrow, shallow model of that name. timm fixes the sizes of two ResMLPs, so ResMLP-B24 replaces them."""
     family = MODELS[name].family
     name = name.replace("resmlp_12_", "resmlp_base_24_").replace("resmlp_24_", "resmlp_base_24_")
@@ -39,7 +39,7 @@ class OutOfMemoryModel(nn.Module):
         raise torch.OutOfMemoryError("more memory than there is")
 
 
-def measure(rows, path, build=small, protocol=PROTOCOL, on_progress=None):
+def measure(rows, path, build=build_small, protocol=PROTOCOL, on_progress=None):
     return measure_table1(rows, protocol, "cpu", path, on_progress, SIZE, build)
 
 
@@ -99,7 +99,7 @@ def test_more_passes_measure_again(tmp_path):
 
 def test_out_of_memory_is_a_row(tmp_path):
     def greedy(name, device="cpu"):
-        return OutOfMemoryModel() if MODELS[name].variant == "X" and device == "cpu" else small(name, device)
+        return OutOfMemoryModel() if MODELS[name].variant == "X" and device == "cpu" else build_small(name, device)
 
     x, e = measure(select_rows(["E(ViT-S)"]), tmp_path / "t.csv", build=greedy)
     assert (x.status, x.img_per_s, e.status) == ("out of memory", None, "ok")
@@ -127,7 +127,7 @@ def test_the_file_name_holds_device_dtype_batch_mode_and_versions(tmp_path):
 
 
 def test_the_command_prints_and_saves_table_1(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparison.measure_table1, "__defaults__", (None, SIZE, small))
+    monkeypatch.setattr(comparison.measure_table1, "__defaults__", (None, SIZE, build_small))
 
     def run(*words):
         options = ("--device", "cpu", "--no-compile", "--batch-size", "2", "--warmup", "0", "--runs", "2")

@@ -43,9 +43,9 @@ def test_card_says_what_the_model_is_and_does(tmp_path: Path) -> None:
 def test_an_exported_folder_and_the_report_say_the_same_of_a_run(tmp_path: Path) -> None:
     experiment = write_fake_study(tmp_path)
     folder = tmp_path / "outputs/e-vit"
-    told = experiment.resolved("e-vit")
-    (folder / "config.yaml").write_text(yaml.safe_dump(told, sort_keys=False))
-    save_file(build(told["model"], num_classes=10, **told["args"]).state_dict(), folder / "weights.safetensors")
+    resolved = experiment.resolved("e-vit")
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    save_file(build(resolved["model"], num_classes=10, **resolved["args"]).state_dict(), folder / "weights.safetensors")
     export_model(None, tmp_path / "exported", run=folder)
     exported = (tmp_path / "exported/README.md").read_text()
     reported = page.render_run_card(load_results(tmp_path, experiment)["e-vit"], experiment)

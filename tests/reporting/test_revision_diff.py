@@ -42,8 +42,8 @@ def revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_comparison_shows_what_differs_between_revisions(revisions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     then, now = revision_diff.load_revision("HEAD"), revision_diff.load_revision(None)
-    found = [(d.run, d.name, d.before, d.after) for d in revision_diff.find_differences(then, now)]
-    assert found == [
+    differences = [(d.run, d.name, d.before, d.after) for d in revision_diff.find_differences(then, now)]
+    assert differences == [
         ("", "train.workers", 1, 2),
         ("", "new", None, {"a": 1}),
         ("vit", "val/top1_pct", 98.0, 98.5),

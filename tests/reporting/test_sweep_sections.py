@@ -11,7 +11,7 @@ from tests.reporting.conftest import write_json
 
 def test_sweeps_have_tables_that_sort_by_number_and_figures_with_data(tmp_path: Path) -> None:
     trial = {"top1_pct": 90.0, "params": {"lr": 1e-3}, "is_own": False}
-    found = {
+    findings = {
         "vit": {
             "own": trial,
             "best": {**trial, "top1_pct": 91.0},
@@ -35,7 +35,7 @@ def test_sweeps_have_tables_that_sort_by_number_and_figures_with_data(tmp_path: 
     }
     for folder in ("recipe", "hybrid"):
         (tmp_path / folder).mkdir()
-    write_json(tmp_path / "recipe/findings.json", **found)
+    write_json(tmp_path / "recipe/findings.json", **findings)
     write_json(tmp_path / "hybrid/findings.json", splits=[split], runs={})
     with (tmp_path / "recipe/trials.csv").open("w", newline="") as file:
         writer = csv.writer(file)
