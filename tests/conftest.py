@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch, Ray or MLflow are imported, here and in the processes that tests start.
 os.environ |= {
@@ -18,6 +19,7 @@ os.environ |= {
     "DVC_NO_ANALYTICS": "1",
     "MPLBACKEND": "agg",
 }
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs, and what they start, ignore it
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
