@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 
 # Before torch, Ray or MLflow are imported, here and in the processes that tests start.
 os.environ |= {
@@ -19,11 +18,11 @@ os.environ |= {
     "DVC_NO_ANALYTICS": "1",
     "MPLBACKEND": "agg",
 }
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs, and what they start, ignore it
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import ipaddress
+import signal
 import socket
 import sys
 import tempfile
@@ -42,6 +41,9 @@ if TYPE_CHECKING:
 
 # The same examples every time, however slow the machine; `--hypothesis-profile default` looks for new ones.
 hypothesis.settings.load_profile("ci")
+
+# A shell lets its background jobs, and what these start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
