@@ -21,11 +21,13 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
+import gc
 import ipaddress
 import signal
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,7 +121,9 @@ def _no_ray_left() -> Iterator[None]:
     """What a module's tests start in this process, those of the next one do not train on."""
     yield
     if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()
+        with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # Ray does not wait for its processes
+            sys.modules["ray"].shutdown()
+            gc.collect()
 
 
 @pytest.fixture(autouse=True)
