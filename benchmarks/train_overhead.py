@@ -103,7 +103,7 @@ def plain(experiment: config.Experiment, run_name: str, timed: Callable[[Any], A
     shards, recipe_ = manifests.Shards(experiment.data.shards), experiment.recipe(run_name)
     images = {split: datasets.IndexedImages(shards, split) for split in ("train", "val")}
     model = recipe.build_model(experiment.run(run_name), recipe_, num_classes=shards.num_classes, seed=0).to(device)
-    amp = experiment.train.amp if recipe_.mixed_precision else "off"
+    amp = experiment.train.amp if recipe_.mixed_precision else None
     train_batches = timed(batching.train_batches)
     loop.fit(
         loop.TrainState.create(

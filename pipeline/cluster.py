@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.base.schema import Train
@@ -24,6 +26,17 @@ PROBE_S = 5.0
 _MAX_TASKS_PER_CPU = 2  # in flight: one runs, the next is queued with its arguments in place
 
 _OBJECT_STORE_BYTES = 200_000_000  # small, because images are read from the shards
+
+# Ray puts the path of Python into a command line for bash without quotes, and never reports the worker that fails.
+_SHELL_SPECIAL = re.compile(r"[\s'\"\\&;$()<>|*?\[\]{}#!`~]")
+
+_GCS_ARGUMENT = "--gcs-address="  # of Ray's processes
+
+_SOCKET_PATH = (  # in the folder of a local cluster, with the longest process id
+    "/ray-abcdefgh/ray/session_2026-01-31_23-59-59_123456_4194304/sockets/plasma_store"
+)
+
+_MAX_SOCKET_PATH = 107 if sys.platform.startswith("linux") else 103  # bytes
 
 # Read by Ray's processes and by the driver. Values that the user has set take precedence.
 RAY_ENV_DEFAULTS = {
@@ -51,13 +64,12 @@ def connect(cpus: int = 1) -> None:
     Raises: ClusterError within 15 s when RAY_ADDRESS does not answer.
     """
     os.environ.update({**RAY_ENV_DEFAULTS, **os.environ})
-    address = os.environ.get("RAY_ADDRESS", "local")
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
-    if address == "local":
+    check_ray()
+    if (os.environ.get("RAY_ADDRESS") or "local") == "local":
         _start_local_cluster(cpus)
         return
-    check_address(address)
     import ray
 
     ray.init(log_to_driver=False, logging_level=logging.WARNING)
@@ -66,8 +78,8 @@ def connect(cpus: int = 1) -> None:
 @contextmanager
 def local_cluster(cpus: int = 1) -> Iterator[None]:
     """Sets RAY_ADDRESS to a new local cluster within the context, unless RAY_ADDRESS is already set."""
-    if address := os.environ.get("RAY_ADDRESS"):
-        check_address(address)
+    check_ray()
+    if os.environ.get("RAY_ADDRESS"):
         yield
         return
     environment = dict(os.environ)
@@ -157,15 +169,71 @@ def _start_local_cluster(cpus: int) -> str:
     return ray.get_runtime_context().gcs_address
 
 
+def check_ray() -> None:
+    """Checks that the cluster of RAY_ADDRESS answers, or that a local one could start. Imports no Ray.
+
+    Raises: ClusterError within 15 s, with what to do. Ray itself would wait for minutes or raise a traceback.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        _check_sockets_folder()
+    else:
+        check_address(address)
+    if match := _SHELL_SPECIAL.search(sys.executable):
+        raise ClusterError(
+            f"{sys.executable} has {match[0]!r} in its path, with which Ray cannot start workers: move this folder to "
+            f"a path without spaces and characters that a shell interprets"
+        )
+
+
 def check_address(address: str) -> None:
     """Checks that the address answers: `ray.init` itself would wait for 15 minutes. Raises: ClusterError."""
-    if address in ("auto", "local"):
+    if address == "local":
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    resolved = _running_cluster() if address == "auto" else address
+    if resolved is None:
+        raise ClusterError(
+            "RAY_ADDRESS=auto: no Ray cluster runs on this machine: start one with `ray start --head`, or unset "
+            "RAY_ADDRESS for a local one"
+        )
+    host, _, port = resolved.removeprefix("ray://").rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S):
             return
     except (OSError, ValueError, OverflowError) as error:
+        found = f" (found {resolved})" if address == "auto" else ""
         raise ClusterError(
-            f"RAY_ADDRESS={address} does not answer: {error}; start that cluster, or unset RAY_ADDRESS for a local one"
+            f"RAY_ADDRESS={address}{found} does not answer: {error}; start that cluster, or unset RAY_ADDRESS for a "
+            f"local one"
         ) from None
+
+
+def _running_cluster() -> str | None:
+    """Returns the address that Ray takes for `auto`: of a process on this machine, or of the last `ray start`."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        for argument in process.info["cmdline"] or ():
+            if argument.startswith(_GCS_ARGUMENT) and len(argument) > len(_GCS_ARGUMENT):
+                return argument.removeprefix(_GCS_ARGUMENT)
+    file = Path(_ray_temp_dir()[1], "ray", "ray_current_cluster")
+    return file.read_text().strip() or None if file.is_file() else None
+
+
+def _ray_temp_dir() -> tuple[str, str]:
+    """Returns the variable that sets Ray's temporary folder, and the folder."""
+    for name in ("RAY_TMPDIR", *(["TMPDIR"] if sys.platform.startswith("linux") else [])):
+        if name in os.environ:
+            return name, os.environ[name]
+    return "the default", "/tmp"
+
+
+def _check_sockets_folder() -> None:
+    """Raises ClusterError if the paths of Ray's sockets would be longer than a socket's path may be."""
+    name, folder = _ray_temp_dir()
+    excess = len(f"{folder}{_SOCKET_PATH}".encode()) - _MAX_SOCKET_PATH
+    if excess > 0:
+        raise ClusterError(
+            f"{name}={folder} is {excess} bytes too long for the sockets that Ray has there: set RAY_TMPDIR to a "
+            f"shorter folder on this machine, such as /tmp"
+        )

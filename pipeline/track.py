@@ -34,7 +34,9 @@ from mlflow.exceptions import MlflowException
 
 from flopeq.registry import describe
 from pipeline.base.config import Experiment
+from pipeline.base.errors import ConfigError
 from pipeline.base.files import read_json
+from pipeline.base.tracking_uri import deleted_experiment_message, tracking_uri
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # mlflow reads both on import: they keep it off the network
 
@@ -80,11 +82,6 @@ _VIEW_COLUMNS = {
 _MAX_PARAMS_PER_CALL = 100  # MLflow's limit of parameters per call
 
 _MAX_METRICS_PER_CALL = 1000  # MLflow's limit of metrics per call
-
-
-def tracking_uri() -> str:
-    """Returns MLFLOW_TRACKING_URI, or the URI of a sqlite file in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
 def find_run_id(run_name: str, outputs: Path = Path("outputs")) -> str | None:
@@ -249,6 +246,8 @@ def _client() -> MlflowClient:
 
 def _experiment_id(client: MlflowClient, name: str) -> str:
     existing = client.get_experiment_by_name(name)
+    if existing and existing.lifecycle_stage == "deleted":
+        raise ConfigError(deleted_experiment_message(name, existing.experiment_id))
     artifact_location = None if os.environ.get("MLFLOW_TRACKING_URI") else (Path.cwd() / "mlartifacts").as_uri()
     experiment_id = (
         existing.experiment_id if existing else client.create_experiment(name, artifact_location=artifact_location)

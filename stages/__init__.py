@@ -6,6 +6,29 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.base.config import Experiment
+
+
+def load_experiment(*, uses_ray: bool = True) -> Experiment:
+    """Loads params.yaml, and checks what a stage needs around the folder before it computes for hours.
+
+    Every stage that starts Ray or logs to MLflow loads the experiment here.
+
+    Args:
+        uses_ray: whether the stage uses a Ray cluster.
+    Raises: ConfigError or ClusterError, each within 15 s.
+    """
+    from pipeline import cluster
+    from pipeline.base import config, tracking_uri
+
+    experiment = config.load_experiment()
+    if uses_ray:
+        cluster.check_ray()
+    tracking_uri.check_tracking(experiment.tracking.experiment)
+    return experiment
 
 
 def run_stage(stage: Callable[..., object]) -> None:

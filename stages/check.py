@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
-from pipeline import cluster
-from pipeline.base import config
 from pipeline.base.errors import ConfigError
 from pipeline.packing.sources import digits
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 
 def run() -> None:
     """Raises: ConfigError, SourceError or ClusterError on the first mistake."""
-    experiment = config.load_experiment()
+    experiment = load_experiment()
     if experiment.data.name != digits.DIGITS_NAME:  # the prepare stage writes the digits
         digits.open_source(experiment.data)
-    if address := os.environ.get("RAY_ADDRESS"):
-        cluster.check_address(address)
 
     from flopeq.models.build import ModelError
     from pipeline.evaluation import validation_sets

@@ -6,8 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.base import config
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 OUT = Path("reports/complexity.json")
 
@@ -18,7 +17,7 @@ def run() -> None:
     from pipeline import track
     from pipeline.shards.manifests import Shards
 
-    experiment = config.load_experiment()
+    experiment = load_experiment(uses_ray=False)
     size = (3, experiment.data.image_size, experiment.data.image_size)
     num_classes = Shards(experiment.data.shards).num_classes
     rows = []

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.base import config
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 
 def run(run_name: str) -> None:
-    experiment = config.load_experiment()
+    experiment = load_experiment(uses_ray=False)
     experiment.run(run_name)
     from pipeline.evaluation import evaluate
     from pipeline.shards import verify

@@ -7,13 +7,13 @@ reports, dvc.lock, mlflow.db. The next job with the same folder continues from t
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import shutil
 import sys
 from pathlib import Path
 
+from pipeline.base import locks
 from pipeline.base.errors import ConfigError
 from stages import run_stage
 
@@ -22,13 +22,13 @@ CODE = ("flopeq", "pipeline", "presets", "stages", "dvc.yaml", "params.yaml")
 
 
 def run(folder: str, stage: str, *words: str) -> None:
-    """Exits with the stage's status. Raises: ConfigError for an unknown stage, or while another job runs there."""
+    """Exits with the stage's status. Raises: ConfigError for an unknown stage, BusyError while
+    another job runs there."""
     if importlib.util.find_spec(f"stages.{stage}") is None:
         known = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
         raise ConfigError(f"no stage named {stage!r}; known: {', '.join(known)}")
     target = Path(folder).absolute()
-    target.mkdir(parents=True, exist_ok=True)
-    lock = _lock_folder(target)
+    lock = locks.acquire_lock(target / ".job", str(target))
     if target != Path.cwd():
         copy_code(Path.cwd(), target)
     os.set_inheritable(lock, True)  # the stage inherits the lock
@@ -48,15 +48,6 @@ def copy_code(code: Path, target: Path) -> None:
     settings = target / ".dvc" / "config"
     settings.parent.mkdir(exist_ok=True)
     settings.write_text("[core]\n    analytics = false\n    check_update = false\n    no_scm = true\n")
-
-
-def _lock_folder(target: Path) -> int:
-    lock = os.open(target / ".job", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"another job is running in {target}: wait for it, or use another folder") from None
-    return lock
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 if TYPE_CHECKING:
     from pipeline.reporting.table import Table
@@ -19,10 +19,9 @@ _PADDING = 2  # rich's padding of a cell
 
 def run() -> None:
     from pipeline import track
-    from pipeline.base import config
     from pipeline.reporting import page, run_results
 
-    experiment = config.load_experiment()
+    experiment = load_experiment(uses_ray=False)
     results = run_results.load_results(experiment)
     runs_url, run_urls = track.ui_urls(experiment, [r.mlflow_run_id for r in results if r.mlflow_run_id])
     page.write_report(experiment, results, runs_url=runs_url, run_urls=run_urls)

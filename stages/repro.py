@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import json
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import cluster
-from pipeline.base import config
+from pipeline.base import config, locks
+from pipeline.base.errors import ConfigError
 from stages import check, preset, report, run_stage, seeds, train_all
 
 if TYPE_CHECKING:
@@ -22,14 +25,24 @@ if TYPE_CHECKING:
 
 _DVC = (sys.executable, "-m", "dvc")
 
+LOCK = Path(".repro.lock")
+
 _POLL_S = 0.1
 
 _SIGTERM_GRACE_S = 1.0  # after this time, a stage handles SIGTERM
 
 
 def run(*words: str) -> None:
-    """Exits with the status of a failed stage, if any. Starts nothing heavy if everything is up to date."""
+    """Exits with the status of a failed stage, if any. Starts nothing heavy if everything is up to date.
+
+    Raises: BusyError if another `make repro` runs in this folder.
+    """
     args = _parser().parse_args(words)
+    with locks.hold_lock(LOCK, f"{Path.cwd()}"):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     if args.preset:
         preset.run(args.preset, args.source)
     runs = seeds.add_seeds(args.runs, args.seeds) if args.seeds else args.runs
@@ -39,10 +52,23 @@ def run(*words: str) -> None:
     targets = [f"evaluate@{name}" for name in runs]
     if subprocess.run([*_DVC, "status", "--quiet", "--with-deps", *targets]).returncode:
         check.run()
+        check_git()
         _run_pipeline(experiment, runs or list(experiment.models), targets)
     if runs:  # alone, because its dependency `outputs` would have DVC train all other runs
         _run_dvc("repro", "--single-item", "complexity")
     report.print_report(runs)
+
+
+def check_git() -> None:
+    """Raises ConfigError if this folder is no git repository, and DVC is not configured to work without one."""
+    settings = configparser.ConfigParser()
+    settings.read([".dvc/config", ".dvc/config.local"])
+    if not Path(".git").exists() and not settings.getboolean("core", "no_scm", fallback=False):
+        raise ConfigError(
+            f"{Path.cwd()} is no git repository, for example because it was downloaded as a zip, and DVC expects one: "
+            "run `git init && git add . && git commit -m start` here, or, to work without git, "
+            "`.venv/bin/dvc config --local core.no_scm true`"
+        )
 
 
 def _run_pipeline(experiment: config.Experiment, run_names: Sequence[str], targets: Sequence[str]) -> None:

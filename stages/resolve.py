@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from pipeline.base import config, errors
 from pipeline.base.errors import ConfigError
+from pipeline.base.yaml_files import dump_yaml
 from stages import run_stage
 
 FOLDER = Path("recipes")
@@ -31,7 +30,7 @@ def run(name: str) -> None:
     content = {"recipe": experiment.recipes[name].model_dump(mode="json")}
     if name in experiment.sweeps.tuned:
         content["args"] = config.load_override(experiment.sweeps.tuned[name]).args
-    (FOLDER / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (FOLDER / f"{name}.yaml").write_text(dump_yaml(content))
 
 
 if __name__ == "__main__":

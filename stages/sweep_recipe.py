@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.base import config
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 
 def run() -> None:
-    experiment = config.load_experiment()
+    experiment = load_experiment()
     settings = experiment.sweeps.recipe
     from pipeline import cluster
     from pipeline.sweeps import analysis

@@ -7,8 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.base import config
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 if TYPE_CHECKING:
     from flopeq.measure.throughput import ProgressCallback
@@ -25,7 +24,7 @@ def run() -> None:
     from pipeline import track
     from pipeline.shards.manifests import Shards
 
-    experiment = config.load_experiment()
+    experiment = load_experiment(uses_ray=False)
     settings, side = experiment.throughput, experiment.data.image_size
     num_classes = Shards(experiment.data.shards).num_classes
     on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.base import config
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 
 def run(run_name: str) -> None:
-    experiment = config.load_experiment()
+    experiment = load_experiment()
     experiment.run(run_name)
     from pipeline import cluster
     from pipeline.shards import verify

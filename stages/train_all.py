@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 from pipeline import cluster
 from pipeline.base import config
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 _POLL_S = 0.2
 
 
 def run(*run_names: str) -> None:
     """Exits with the status of a failed run, if any."""
-    experiment = config.load_experiment()
+    experiment = load_experiment()
     for name in run_names:
         experiment.run(name)
     settings = experiment.train

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.base import config
-from stages import run_stage
+from stages import load_experiment, run_stage
 
 
 def run(port: str = "5000") -> None:
     from pipeline import track
 
-    url, _ = track.ui_urls(config.load_experiment(), [])
+    url, _ = track.ui_urls(load_experiment(uses_ray=False), [])
     local = f"http://127.0.0.1:{port}"
     print(
         f"the runs: {url.replace(track.LOCAL_UI_URL, local)}"

@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 import torch
-import yaml
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -52,7 +51,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def params_with_runs(*run_names: str) -> dict[str, Any]:
     """The experiment with these runs and no sweep."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    from pipeline.base.yaml_files import read_yaml
+
+    params = read_yaml(ROOT / "params.yaml")
     params["models"] = {name: run for name, run in params["models"].items() if name in run_names}
     params["sweeps"]["recipe"] |= {"runs": [], "own_space": {}}
     params["sweeps"] |= {"hybrid": {**params["sweeps"]["hybrid"], "runs": []}, "tuned": {}}

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import timm.models._registry as registry
-import yaml
 
 from flopeq.cli.app import main
 from pipeline.base.config import Experiment
+from pipeline.base.yaml_files import parse_yaml, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,12 +99,12 @@ def assert_runs(words: list[str]) -> None:
 
 
 def test_yaml_of_the_study_tutorial_is_an_experiment():
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_yaml(ROOT / "params.yaml")
     recipe = json.dumps(params["recipes"]["digits"])
     fragments = blocks(ROOT / "docs" / "tutorials" / "study.md", "yaml")
     assert fragments
     for _, text in fragments:
-        fragment = yaml.safe_load(f"anchor: &digits {recipe}\n{text}")
+        fragment = parse_yaml(f"anchor: &digits {recipe}\n{text}", "study.md")
         merged = {name: value | fragment.get(name, {}) if isinstance(value, dict) else value
                   for name, value in params.items()}  # fmt: skip
         assert Experiment.model_validate(merged).model_dump() != Experiment.model_validate(params).model_dump()

@@ -9,7 +9,6 @@ import sys
 import pytest
 import timm
 import torch
-import yaml
 
 import flopeq
 import flopeq.testing
@@ -27,6 +26,7 @@ from flopeq.layers import (
     FlopPosEmbed,
 )
 from flopeq.testing import assert_equivariant, block_errors, equivariance_error
+from pipeline.base.yaml_files import read_yaml
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 X = (
@@ -117,6 +117,6 @@ def test_the_command_line_prints_json_with_these_keys(root, command, keys):
 
 
 def test_stages_and_sections_stay(root):
-    assert set(yaml.safe_load((root / "dvc.yaml").read_text())["stages"]) >= STAGES
+    assert set(read_yaml(root / "dvc.yaml")["stages"]) >= STAGES
     sections = {"data", "models", "recipes", "train", "throughput", "sweeps", "tracking", "storage", "seed"}
-    assert set(yaml.safe_load((root / "params.yaml").read_text())) >= sections
+    assert set(read_yaml(root / "params.yaml")) >= sections

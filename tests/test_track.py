@@ -17,6 +17,8 @@ from mlflow import MlflowClient
 
 from pipeline import track
 from pipeline.base import config
+from pipeline.base.errors import ConfigError
+from pipeline.base.tracking_uri import check_tracking
 from stages import ui
 
 EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "perf/img_per_s": 900.0, "lr": 1e-3}
@@ -51,6 +53,20 @@ def test_importing_turns_telemetry_off_first(root: Path) -> None:
     clean = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK")}
     done = subprocess.run([sys.executable, "-c", code], env=clean, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["true", "true"]
+
+
+def test_an_experiment_deleted_in_the_ui_is_refused_with_the_command_that_restores_it(client: MlflowClient) -> None:
+    check_tracking("digits")  # not created yet
+    experiment_id = client.create_experiment("digits")
+    check_tracking("digits")
+    client.delete_experiment(experiment_id)
+    for refuse in (check_tracking, track.create_experiment):
+        with pytest.raises(ConfigError, match=f"'digits' in .* was deleted: .* --experiment-id {experiment_id}`, or"):
+            refuse("digits")
+    check_tracking("others")
+    client.restore_experiment(experiment_id)
+    check_tracking("digits")
+    track.create_experiment("digits")
 
 
 def test_uri_is_an_absolute_file_here_unless_the_environment_says_otherwise(

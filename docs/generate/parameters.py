@@ -7,12 +7,12 @@ import typing
 from typing import Any
 
 import annotated_types
-import yaml
 from links import ROOT
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipeline.base.config import Experiment
+from pipeline.base.yaml_files import dump_yaml, read_yaml
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "anything"}
 _BOUNDS = {annotated_types.Gt: ("gt", ">"), annotated_types.Ge: ("ge", "≥"),
@@ -29,7 +29,7 @@ value of another type, before anything starts. The values are those of params.ya
 
 def page() -> str:
     """The whole page, in Markdown."""
-    committed = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    committed = read_yaml(ROOT / "params.yaml")
     return HEAD + "".join(_section("", Experiment, committed))
 
 
@@ -107,5 +107,5 @@ def _type(annotation: Any, constraints: list[Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).strip().removesuffix("...").strip()
+    text = dump_yaml(value, flow=True).strip().removesuffix("...").strip()
     return f"`{text}`"

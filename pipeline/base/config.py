@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.base.errors import ConfigError, did_you_mean
@@ -23,6 +22,7 @@ from pipeline.base.schema import (
     Train,
     TunedRecipe,
 )
+from pipeline.base.yaml_files import read_yaml
 
 
 class Experiment(Section):
@@ -89,10 +89,9 @@ def load_experiment(path: Path | str = "params.yaml") -> Experiment:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path} not found: run this from the root of the repository")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    content = read_yaml(path)
+    if shared := _find_shared_sections(content):
+        raise ConfigError("\n".join(f"{path}: {line}" for line in shared))
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
@@ -122,11 +121,32 @@ def load_override(tuned: TunedRecipe, root: Path = Path()) -> RecipeOverride:
     """
     path = root / tuned.override
     try:
-        return RecipeOverride.model_validate(yaml.safe_load(path.read_text()) or {})
+        return RecipeOverride.model_validate(read_yaml(path) or {})
     except ValidationError as error:
         raise ConfigError(
             "\n".join(f"{path}: {line}" for line in _format_validation_errors(error, RecipeOverride))
         ) from None
+
+
+def _find_shared_sections(content: Any) -> list[str]:
+    """Returns one line per section that an alias shares with another: DVC's `-S` would change both, or neither."""
+    first_path, lines = {}, []
+
+    def visit(section: Any, key_path: str) -> None:
+        if not isinstance(section, Mapping):
+            return
+        if id(section) in first_path:
+            lines.append(
+                f"{key_path} is an alias of {first_path[id(section)]}, so `dvc exp run -S` could not change one of the "
+                f"two: write {{<<: *name}} instead of *name, which copies the section"
+            )
+            return
+        first_path[id(section)] = key_path
+        for key, value in section.items():
+            visit(value, f"{key_path}.{key}" if key_path else str(key))
+
+    visit(content, "")
+    return lines
 
 
 def _find_inconsistencies(experiment: Experiment) -> list[str]:

@@ -25,3 +25,7 @@ class ShardError(ValueError):
 
 class SourceError(ValueError):
     """The source cannot be read as images. The message names the file or folder, and says what to do."""
+
+
+class BusyError(RuntimeError):
+    """Another process works on the same files. The message names it."""

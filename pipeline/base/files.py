@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files, checksums, and file names of images."""
+"""Atomic writes, JSON files and checksums."""
 
 from __future__ import annotations
 
@@ -53,15 +53,6 @@ def checksum_file(path: Path) -> str:
         while content := file.read(_CHUNK_BYTES):
             digest.update(content)
     return digest.hexdigest()
-
-
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name has the suffix of an image."""
-    stem, dot, suffix = name.rpartition(".")
-    return bool(stem) and f"{dot}{suffix.lower()}" in IMAGE_SUFFIXES
 
 
 @contextmanager

@@ -146,8 +146,8 @@ class Train(Section):
     `auto` uses as many images as fit on the GPU, or the whole share on a CPU."""
     checkpoint_steps: PositiveInt | None
     """Number of optimizer steps between checkpoints within an epoch. None saves only at the end of an epoch."""
-    amp: Literal["off", "bf16", "fp16"]
-    """Autocast dtype of the forward pass. `fp16` scales the loss and needs a GPU."""
+    amp: Literal["bf16", "fp16", None]
+    """Autocast dtype of the forward pass. `fp16` scales the loss and needs a GPU. None turns autocast off."""
     tf32: bool
     """Whether to compute float32 matrix products in TF32 (10-bit mantissa) on GPUs that support it."""
     fused_attention: bool
@@ -316,7 +316,7 @@ class Sweeps(Section):
     """The sweep over training recipes."""
     hybrid: HybridSweepParams
     """The sweep over the number of equivariant blocks of a hybrid model."""
-    tuned: dict[NameStr, TunedRecipe] = {}
+    tuned: dict[NameStr, TunedRecipe]
     """Tuned recipes by name. A run can use them like `recipes`."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from flopeq.models.build import did_you_mean
 from pipeline.base import imagenet
 from pipeline.base.errors import SourceError
-from pipeline.base.files import IMAGE_SUFFIXES
+from pipeline.base.images import is_image, is_system_file
 from pipeline.base.schema import Data
 from pipeline.loading.decode import decode_image
 
@@ -88,9 +88,9 @@ def _list_images(name: str, folder: Path) -> dict[str, list[Path]]:
         found = "is a file: unpack it" if folder.exists() else "not found"
         raise SourceError(f"{where} {found}; images must lie in {folder}/<class>/")
     found, ignored = {}, 0
-    for label in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
-        paths = sorted(Path(entry.path) for entry in os.scandir(folder / label) if entry.is_file())
-        images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    for label in sorted(entry.name for entry in _visible_entries(folder) if entry.is_dir()):
+        paths = sorted(Path(entry.path) for entry in _visible_entries(folder / label) if entry.is_file())
+        images = [path for path in paths if is_image(path.name)]
         ignored += len(paths) - len(images)
         if images:
             found[label] = images
@@ -99,6 +99,10 @@ def _list_images(name: str, folder: Path) -> dict[str, list[Path]]:
     if ignored:
         logger.info("%s: %d files without an image suffix are ignored", folder, ignored)
     return found
+
+
+def _visible_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    return (entry for entry in os.scandir(folder) if not is_system_file(entry.name))
 
 
 def _label_by_class(name: str, folder: Path, found: Mapping[str, object], classes: Sequence[str]) -> dict[str, int]:

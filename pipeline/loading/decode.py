@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from pipeline.base.images import decode_with_pil
 
 _SIMPLEJPEG_COLORSPACES = frozenset({"YCbCr", "RGB", "Gray"})  # PIL converts CMYK to RGB in its own way
 
@@ -17,12 +16,12 @@ def decode_image(content: bytes) -> Tensor:
     """Decodes an image to RGB, uint8 (3, H, W), with the channels innermost in memory.
 
     The EXIF orientation of a JPEG is not applied, as in timm and torchvision.
-    Raises: ValueError if the content is truncated or not an image.
+    Raises: BadImageError, a ValueError, if the content is truncated, not an image, or has values of unknown range.
     """
     try:
         return _to_tensor(_decode_with_simplejpeg(content))
     except ValueError:
-        return _to_tensor(_decode_with_pil(content))
+        return _to_tensor(np.array(decode_with_pil(content)[0]))
 
 
 def _to_tensor(pixels_HWC: np.ndarray) -> Tensor:
@@ -35,12 +34,3 @@ def _decode_with_simplejpeg(content: bytes) -> np.ndarray:
     if colorspace not in _SIMPLEJPEG_COLORSPACES:
         raise ValueError(f"JPEG of {colorspace}")
     return simplejpeg.decode_jpeg(content, "RGB")
-
-
-def _decode_with_pil(content: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(reason) from None

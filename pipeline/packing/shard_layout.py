@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,11 +75,29 @@ def _image_keys(names: pa.ChunkedArray) -> pa.Array:
     keys = _regex_replace(names, r"\.[^./]*$", "").combine_chunks()
     while (undotted := _regex_replace(keys, r"\.([^./]*)$", r"_\1")) != keys:  # replaces the last dot of the file name
         keys = undotted
+    _check_lengths(names, keys)
     if len(keys.unique()) < len(keys):
         key, _ = Counter(keys.to_pylist()).most_common(1)[0]
         first, second, *_ = (name for name, own in zip(names.to_pylist(), keys.to_pylist(), strict=True) if own == key)
         raise SourceError(f"{first} and {second} would both have the key {key}: rename one of them")
     return keys
+
+
+def _check_lengths(names: pa.ChunkedArray, keys: pa.Array) -> None:
+    """Raises SourceError for a name that does not fit into the header of a tar, before anything is written."""
+    is_long = pc.call_function(
+        "greater", [pc.call_function("binary_length", [keys]), tarfile.LENGTH_NAME - len(".jpg")]
+    )
+    for name, key in zip(names.filter(is_long).to_pylist(), keys.filter(is_long).to_pylist(), strict=True):
+        try:
+            tarfile.TarInfo(f"{key}.jpg").tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+        except ValueError:
+            folder, _, file = key.rpartition("/")
+            raise SourceError(
+                f"{name}: the name is too long for a tar, which has {tarfile.LENGTH_PREFIX} bytes for the folder and "
+                f"{tarfile.LENGTH_NAME} for the file: {folder} has {len(folder.encode())}, {file}.jpg "
+                f"{len(file.encode()) + 4} (in UTF-8, a letter other than a to z has 2 to 4 bytes); rename it"
+            ) from None
 
 
 def _regex_replace(strings: Any, pattern: str, replacement: str) -> Any:

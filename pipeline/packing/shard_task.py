@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.base.errors import ShardError, SourceError
+from pipeline.base.errors import ShardError
 from pipeline.base.files import atomic_path, checksum_file, partial_path
 from pipeline.packing import inspection
 from pipeline.packing.image_reader import ImageLocation, ImageReader
@@ -23,7 +23,7 @@ RECORDS_DIR = ".receipts"
 
 _RECORD_METADATA_KEY = b"flopeq"  # key of the record in the metadata of its parquet file
 
-FORMAT_VERSION = "1"  # increase it when the same images give other bytes, so that old shards are written again
+FORMAT_VERSION = "2"  # increase it when the same images give other bytes, so that old shards are written again
 
 ImageIssue = tuple[str, str, str]
 """Name of an image, its issue, and how it was treated."""
@@ -134,13 +134,8 @@ def _copy_images(
             treatment = inspection.ENCODED if found.replacement else inspection.KEPT
             issues += [(name, issue, treatment) for issue in found.issues]
             content = found.replacement or content
-        try:
-            offset = tar.add(f"{key}.jpg", content)
-            tar.add(f"{key}.cls", str(label).encode())
-        except ValueError:
-            raise SourceError(
-                f"{name}: the name is too long for a tar; folder and file may have at most 100 characters: rename it"
-            ) from None
+        offset = tar.add(f"{key}.jpg", content)
+        tar.add(f"{key}.cls", str(label).encode())
         rows.append((key, offset, len(content), label))
     return rows, issues, bad_images
 

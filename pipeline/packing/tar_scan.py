@@ -13,9 +13,10 @@ import pyarrow as pa
 from pipeline.base.errors import ShardError
 from pipeline.base.files import new_checksum
 from pipeline.base.imagenet import WNID_PATTERN
+from pipeline.base.images import IMAGE_SUFFIXES
 from pipeline.shards.store import Store
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm"})
+IMAGE_EXTENSIONS = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 """File extensions of images. A sample has exactly one image."""
 
 SAMPLES_SCHEMA = pa.schema(

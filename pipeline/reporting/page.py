@@ -126,7 +126,8 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
     workers = f"{train.most_workers} worker{'s' if train.most_workers > 1 else ''}"
     notes = [
         f"Data: {data.name}, images of {data.image_size} × {data.image_size} pixels. Training: {workers} of "
-        f"{train.cpus_per_worker} CPU core{'s' if train.cpus_per_worker > 1 else ''}, mixed precision {train.amp}, "
+        f"{train.cpus_per_worker} CPU core{'s' if train.cpus_per_worker > 1 else ''}, "
+        f"mixed precision {train.amp or 'off'}, "
         f"{'compiled' if train.compile else 'eager'}; the weights are those of the epoch with the best top-1.",
         "FLOPs: one image's forward pass in the paper's convention, in which a multiply-add counts 1 and "
         "element-wise operations count too; MACs count multiply-adds only.",

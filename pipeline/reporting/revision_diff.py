@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.base.yaml_files import parse_yaml
 from pipeline.reporting.page import render_template
 from pipeline.reporting.table import MISSING, Cell, Formatter, Row, Table, fixed_point, format_error
 
@@ -169,7 +168,7 @@ def _read_at_revision(revision: str, path: str) -> str:
 
 
 def _parse_revision(name: str, metrics: str, params: str) -> Revision:
-    return Revision(name, json.loads(metrics), yaml.safe_load(params) or {})
+    return Revision(name, json.loads(metrics), parse_yaml(params, f"params.yaml of {name}") or {})
 
 
 def _compare_params(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[Difference]:

@@ -24,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline import cluster
+from pipeline.base import locks
 from pipeline.base.schema import AshaParams
 from pipeline.sweeps import trial
 from pipeline.sweeps.reporter import SweepReporter
@@ -55,7 +56,8 @@ def run_sweep(
     Args:
         num_trials: maximum number of trials, for the progress display.
         asha: when to stop trials early; None: never.
-    Raises: ClusterError, before anything starts, if the cluster is too small for a trial.
+    Raises: before anything starts, ClusterError if the cluster is too small for a trial, and BusyError if another
+        process runs this sweep.
     """
     workers = sweep.settings.workers
     settings = sweep.experiment.train.model_copy(update={"cpus_per_worker": sweep.settings.cpus_per_worker})
@@ -76,7 +78,8 @@ def run_sweep(
     trial_resources = worker_resources if workers == 1 else _DRIVER_RESOURCES
     os.environ.update({**TUNE_ENV, **os.environ})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns about files that we do not use
-    with reporter, tempfile.TemporaryDirectory() as scratch, _sigterm_as_sigint():
+    lock = locks.hold_lock(trials_dir / "lock", f"the sweep {sweep.name} in {Path.cwd()}")
+    with lock, reporter, tempfile.TemporaryDirectory() as scratch, _sigterm_as_sigint():
         tune.Tuner(
             tune.with_resources(trial.run_trial, tune.PlacementGroupFactory([trial_resources])),
             tune_config=tune.TuneConfig(
@@ -96,9 +99,8 @@ def run_sweep(
         ).fit()
         if searcher.has_pending_trials:  # Tune was asked to stop
             raise KeyboardInterrupt
-    _remove_stale_trials(
-        trials_dir, {outcome.spec.fingerprint for done in searcher.outcomes.values() for outcome in done}
-    )
+        finished = {outcome.spec.fingerprint for done in searcher.outcomes.values() for outcome in done}
+        _remove_stale_trials(trials_dir, finished)
     return searcher.outcomes, reporter
 
 

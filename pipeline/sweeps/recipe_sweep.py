@@ -16,9 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from pipeline.base.config import Experiment
+from pipeline.base.yaml_files import dump_yaml
 from pipeline.sweeps import analysis, engine, search_space
 from pipeline.sweeps.search_space import Point
 from pipeline.sweeps.sweep import Sweep
@@ -219,7 +218,7 @@ def _write_results(
             if confirmed["seeds"]
             else "Not compared with the run's own recipe under further seeds.",
         ]
-        content = yaml.safe_dump(search_space.to_override(best.point), sort_keys=False)
+        content = dump_yaml(search_space.to_override(best.point))
         (OUTPUT_DIR / name / "best.yaml").write_text("".join(f"# {line}\n" for line in header) + content)
 
 

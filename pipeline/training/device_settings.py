@@ -45,7 +45,7 @@ def candidate_batch_sizes(rank_batch_size: int, group_size: int) -> list[int]:
 
 
 def find_max_batch_size(
-    model: nn.Module, recipe: Recipe, sizes: Sequence[int], *, image_size: int, num_classes: int, amp: str
+    model: nn.Module, recipe: Recipe, sizes: Sequence[int], *, image_size: int, num_classes: int, amp: str | None
 ) -> int:
     """Returns the first of the sizes whose training step fits into memory. The weights do not change.
 
@@ -67,7 +67,7 @@ def find_max_batch_size(
 
 
 def _try_training_step(
-    model: nn.Module, recipe: Recipe, size: int, image_size: int, num_classes: int, amp: str
+    model: nn.Module, recipe: Recipe, size: int, image_size: int, num_classes: int, amp: str | None
 ) -> None:
     """Runs a training step on random images at learning rate 0, which also disables weight decay."""
     device = next(model.parameters()).device

@@ -16,8 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipeline.base.yaml_files import read_yaml
 from pipeline.shards import manifests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +53,7 @@ def compute_fingerprint(configuration: Mapping[str, Any], shards: manifests.Shar
 @cache
 def fingerprinted_files() -> tuple[str, ...]:
     """Returns the files whose code may change the weights, sorted, relative to the repository's root."""
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     files = set()
     for dependency in stages["train"]["do"]["deps"]:
         if dependency.startswith(("flopeq/", "pipeline/")):

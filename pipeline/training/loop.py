@@ -27,7 +27,7 @@ from pipeline.training import recipe as recipes
 WEIGHTS, EMA_WEIGHTS = "plain", "ema"
 """Names of the weights and of their moving average."""
 
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP_DTYPES = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 AllReduce = Callable[[Tensor], Tensor]
 """Sums a tensor over the workers."""
@@ -82,7 +82,7 @@ class TrainState:
     """One row per completed epoch."""
 
     @classmethod
-    def create(cls, model: nn.Module, recipe: Recipe, *, steps_per_epoch: int, amp: str) -> TrainState:
+    def create(cls, model: nn.Module, recipe: Recipe, *, steps_per_epoch: int, amp: str | None) -> TrainState:
         """Creates the state before the first epoch. The model must already be on its device."""
         optimizer = recipes.build_optimizer(recipe, model)
         device = next(model.parameters()).device.type
@@ -147,7 +147,7 @@ def fit(
     num_classes: int,
     seed: int,
     image_names: Callable[[Tensor], list[Any]] = Tensor.tolist,
-    amp: str = "off",
+    amp: str | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
     rank: int = 0,
@@ -227,7 +227,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    amp: str = "off",
+    amp: str | None = None,
     all_reduce: AllReduce = lambda sums: sums,
 ) -> EvalMetrics:
     """Returns cross-entropy, top-1 and top-5 of a model over labelled batches, summed over all workers."""
@@ -247,9 +247,9 @@ def evaluate(
     return EvalMetrics(loss / images, 100 * top1 / images, 100 * top5 / images)
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
     """Returns the autocast context of the forward pass. `amp` is a key of AMP_DTYPES."""
-    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")
+    return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp is not None)
 
 
 def copy_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -39,6 +39,11 @@ class RunDirectory:
         return f"{self.storage}/stop"
 
     @property
+    def lock_file(self) -> Path:
+        """The file that a process locks while it trains the run, in any configuration."""
+        return self.local_dir.parent / "lock"
+
+    @property
     def report_log(self) -> Path:
         """The file through which the driver receives the workers' reports."""
         return self.local_dir / "journal.jsonl"

@@ -21,14 +21,15 @@ from typing import Any
 import ray
 import ray.train
 import torch
-import yaml
 from ray.train.torch import TorchTrainer
 from safetensors.torch import save_file
 
 from pipeline import cluster
+from pipeline.base import locks
 from pipeline.base.config import Experiment
 from pipeline.base.errors import ConfigError
 from pipeline.base.files import write_json
+from pipeline.base.yaml_files import dump_yaml
 from pipeline.shards import manifests
 from pipeline.training import loop, recipe, report_log
 from pipeline.training.checkpoints import CheckpointManager
@@ -52,6 +53,7 @@ def train_run(experiment: Experiment, run_name: str) -> None:
 
     Raises:
         ConfigError, ShardError, ClusterError: for invalid parameters, data or cluster.
+        BusyError: if another process trains this run.
     """
     shards = manifests.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
     settings, configuration = experiment.train, experiment.resolved(run_name)
@@ -61,6 +63,20 @@ def train_run(experiment: Experiment, run_name: str) -> None:
     cluster.connect(cpus=settings.least_workers * settings.cpus_per_worker)
     gpu = _use_gpu(experiment)
     run_dir = RunDirectory.for_run(experiment, run_name, compute_fingerprint(configuration, shards))
+    with locks.hold_lock(run_dir.lock_file, f"the run {run_name} in {Path.cwd()}"):
+        _train(experiment, run_name, shards, configuration, run_dir, gpu=gpu)
+
+
+def _train(
+    experiment: Experiment,
+    run_name: str,
+    shards: manifests.Shards,
+    configuration: dict[str, Any],
+    run_dir: RunDirectory,
+    *,
+    gpu: bool,
+) -> None:
+    settings = experiment.train
     saved_run = run_dir.resume_or_create()
     checkpoints = CheckpointManager(run_dir.checkpoints_location, keep=settings.keep_checkpoints)
     task = WorkerTask(experiment, run_name, str(Path.cwd()), run_dir.checkpoints_location, run_dir.stop_file)
@@ -171,7 +187,7 @@ def _use_gpu(experiment: Experiment) -> bool:
                 f"{kind}s, but the Ray cluster has {available.get(kind, 0):.0f}: lower them, or unset RAY_ADDRESS"
             )
     if settings.amp == "fp16" and not gpu:
-        raise ConfigError("train.amp: fp16 needs a GPU; on CPU use bf16 or off")
+        raise ConfigError("train.amp: fp16 needs a GPU; on CPU use bf16 or null")
     return gpu
 
 
@@ -261,7 +277,7 @@ def _write_outputs(
         table = csv.DictWriter(file, (*HISTORY_COLUMNS, *ema_columns), lineterminator="\n")
         table.writeheader()
         table.writerows(outcome["history"])
-    (folder / "config.yaml").write_text(yaml.safe_dump(configuration, sort_keys=False))
+    (folder / "config.yaml").write_text(dump_yaml(configuration))
     from pipeline import track
 
     files = [folder / file for file in (*(WEIGHTS_FILES[name] for name in weights), "config.yaml")]

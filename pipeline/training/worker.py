@@ -71,7 +71,7 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
     model = recipe.build_model(experiment.run(task.run), recipe_, num_classes=num_classes, seed=seed).to(device)
     model = device_settings.apply_model_settings(model, settings)
     steps_per_epoch = batching.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
-    amp = settings.amp if recipe_.mixed_precision else "off"
+    amp = settings.amp if recipe_.mixed_precision else None
     training = loop.TrainState.create(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)
     checkpoints = CheckpointManager(task.checkpoints, keep=settings.keep_checkpoints)
     latest = _broadcast_from_rank_0(checkpoints.latest() if rank == 0 else None, world_size)
@@ -154,7 +154,7 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
 
 
 def _microbatch_size(
-    experiment: Experiment, recipe_: Recipe, model: torch.nn.Module, amp: str, num_classes: int, world_size: int
+    experiment: Experiment, recipe_: Recipe, model: torch.nn.Module, amp: str | None, num_classes: int, world_size: int
 ) -> int:
     """Returns the number of images per forward pass. A rank's larger part of the global batch takes several passes."""
     requested = experiment.train.batch_per_worker

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -17,6 +16,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from pipeline import track
 from pipeline.base import config
+from pipeline.base.yaml_files import dump_yaml
 from pipeline.evaluation import evaluate
 from pipeline.loading import augment, batching, datasets
 from pipeline.packing import pack
@@ -80,7 +80,7 @@ def experiment(
         "ema_decay": 0.9 if ema else None,
         "drop_path": 0.5,  # which evaluation must not do
     }
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("params.yaml").write_text(dump_yaml(params))
     return config.load_experiment()
 
 

@@ -169,3 +169,20 @@ def test_an_unreadable_image_is_named(v2: Path, kind: str, loader_workers: int) 
     with pytest.raises(SourceError, match="^[^\n]*v2/10/1.jpeg cannot be read [^\n]*: replace or remove it$"):
         evaluate.evaluate_run(settings, "vit")
     assert not Path("outputs/vit/metrics.json").exists()
+
+
+def test_a_further_set_has_the_images_that_shards_would_have(v2: Path) -> None:
+    before = validation_sets.load_further_set("v2", v2, imagenet.wnids())
+    for name in ("a.jfif", "b.avif", "c.JPE"):
+        (v2 / "2" / name).write_bytes(layouts.jpeg(0))
+    (v2 / "2" / "d.pgm").write_bytes(b"P5 1 2 65535 " + bytes([0, 0, 128, 128]))
+    for folder in (v2, v2 / "2"):
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (folder / name).mkdir()
+            (folder / name / "1-checkpoint.jpeg").write_bytes(b"")
+        (folder / "._1.jpeg").write_bytes(b"\0\5\x16\7 AppleDouble")
+    after = validation_sets.load_further_set("v2", v2, imagenet.wnids())
+    added = sorted({*after.paths} - {*before.paths})
+    assert [path.name for path in added] == ["a.jfif", "b.avif", "c.JPE", "d.pgm"]
+    row = after.paths.index(added[-1])
+    assert after.decode(row, *after.read_jpegs([row]))[0].flatten().tolist() == [0, 128]

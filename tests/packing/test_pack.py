@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -155,11 +156,18 @@ def test_keys_that_clash_are_refused(source, tmp_path):
         write_shards(source, tmp_path / "out")
 
 
-def test_a_name_too_long_for_a_tar_is_refused(source, tmp_path):
-    (source / "val" / layouts.WNIDS[1] / f"{'a' * 120}.jpg").write_bytes(layouts.jpeg(0))
-    with pytest.raises(SourceError, match="a{120}.jpg: the name is too long for a tar"):
+def test_a_name_too_long_for_a_tar_is_refused_before_anything_is_written(source, tmp_path):
+    folder = source / "val" / layouts.WNIDS[1]
+    (folder / f"{'ü' * 60}.jpg").write_bytes(layouts.jpeg(0))
+    with pytest.raises(
+        SourceError, match="ü{60}.jpg: the name is too long .* 100 for the file: .* ü{60}.jpg 124 .in UTF-8"
+    ):
         write_shards(source, tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    (folder / f"{'ü' * 60}.jpg").rename(folder / f"{'ü' * 48}.jpg")  # 100 bytes
+    assert write_shards(source, tmp_path / "out", on_bad_image="skip")
+    with tarfile.open(tmp_path / "out" / "val-000000.tar") as tar:
+        assert f"val/{layouts.WNIDS[1]}/{'ü' * 48}.jpg" in tar.getnames()
 
 
 def test_finished_shards_are_kept_and_damaged_ones_rewritten(source, tmp_path):

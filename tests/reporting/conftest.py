@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipeline.base import config
+from pipeline.base.yaml_files import dump_yaml
 from pipeline.reporting import run_results, table
 from tests.conftest import params_with_runs
 
@@ -57,7 +57,7 @@ def write_fake_study(folder: Path, changes: dict[str, Any] | None = None) -> con
     """
     params = params_with_runs(*TOP1)
     params["models"] = {k: v for k, v in {**params["models"], **(changes or {})}.items() if v is not None}
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (folder / "params.yaml").write_text(dump_yaml(params))
     experiment = config.load_experiment(folder / "params.yaml")
     complexity, throughput = [], []
     for name, run in experiment.models.items():

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from flopeq.hub.export import export_model
 from flopeq.models.build import build
+from pipeline.base.yaml_files import dump_yaml
 from pipeline.reporting import page, run_results
 from tests.reporting.conftest import diverge, load_results, write_fake_study
 
@@ -44,7 +45,7 @@ def test_an_exported_folder_and_the_report_say_the_same_of_a_run(tmp_path: Path)
     experiment = write_fake_study(tmp_path)
     folder = tmp_path / "outputs/e-vit"
     resolved = experiment.resolved("e-vit")
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    (folder / "config.yaml").write_text(dump_yaml(resolved))
     save_file(build(resolved["model"], num_classes=10, **resolved["args"]).state_dict(), folder / "weights.safetensors")
     export_model(None, tmp_path / "exported", run=folder)
     exported = (tmp_path / "exported/README.md").read_text()

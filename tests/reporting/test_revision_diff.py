@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import yaml
 
+from pipeline.base.yaml_files import dump_yaml
 from pipeline.reporting import revision_diff
 from stages import compare as compare_stage
 from tests.reporting.conftest import write_json
@@ -28,14 +28,14 @@ def revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").touch()
     git("init")
-    Path("params.yaml").write_text(yaml.safe_dump({"train": {"workers": 1, "amp": "off"}, "seed": 0}))
+    Path("params.yaml").write_text(dump_yaml({"train": {"workers": 1, "amp": None}, "seed": 0}))
     git("add", ".")
     git("commit", "-m", "nothing measured")
     Path("reports").mkdir()
     write_json(Path("reports/metrics.json"), vit={"val/top1_pct": 98.0, "perf/share": 0.5}, gone={"val/top1_pct": 90.0})
     git("add", ".")
     git("commit", "-m", "measured")
-    Path("params.yaml").write_text(yaml.safe_dump({"train": {"workers": 2, "amp": "off"}, "seed": 0, "new": {"a": 1}}))
+    Path("params.yaml").write_text(dump_yaml({"train": {"workers": 2, "amp": None}, "seed": 0, "new": {"a": 1}}))
     write_json(Path("reports/metrics.json"), vit={"val/top1_pct": 98.5, "perf/share": 0.5}, more={"val/top1_pct": 97.0})
     return tmp_path
 

@@ -7,8 +7,7 @@ import json
 import re
 from pathlib import Path
 
-import yaml
-
+from pipeline.base.yaml_files import read_yaml
 from pipeline.reporting import figures, page, table
 from tests.reporting.conftest import ROOT, TOP1, cells, diverge, load_results, write_fake_study, write_json
 
@@ -94,7 +93,7 @@ def test_runs_that_did_not_converge_get_a_dagger_and_a_footnote(tmp_path: Path) 
 
 
 def test_seeds_are_one_row_with_their_spread_and_one_point(tmp_path: Path) -> None:
-    models = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]
+    models = read_yaml(ROOT / "params.yaml")["models"]
     experiment = write_fake_study(
         tmp_path, {f"{run}-seed{seed}": {**models[run], "seed": seed} for run in ("vit", "e-vit") for seed in (1, 2)}
     )
@@ -129,7 +128,7 @@ def test_seeds_are_one_row_with_their_spread_and_one_point(tmp_path: Path) -> No
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_no_group(tmp_path: Path) -> None:
-    vit = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]["vit"]
+    vit = read_yaml(ROOT / "params.yaml")["models"]["vit"]
     wide = {**vit, "args": {**vit["args"], "embed_dim": 128}, "seed": 1}
     results = load_results(tmp_path, write_fake_study(tmp_path, {"vit-wide": wide, "vit-again": {**vit, "seed": 5}}))
     groups = {run: result.group for run, result in results.items()}
@@ -137,7 +136,7 @@ def test_runs_that_differ_in_more_than_their_seed_are_no_group(tmp_path: Path) -
 
 
 def test_baseline_is_the_run_of_the_same_seed(tmp_path: Path) -> None:
-    vit = yaml.safe_load((ROOT / "params.yaml").read_text())["models"]["vit"]
+    vit = read_yaml(ROOT / "params.yaml")["models"]["vit"]
     e_vit = {**vit, "model": "flop_deit3_small_patch16_224"}
     wide = {**vit, "args": {**vit["args"], "embed_dim": 128}}
     experiment = write_fake_study(

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.yaml_files import dump_yaml, read_yaml
 from stages import check
 
 COMMITTED = Path(__file__).resolve().parents[2] / "params.yaml"
@@ -37,7 +37,7 @@ def stage(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[
 def change(folder: Path, value: object, *keys: str) -> None:
     """Sets the entry of params.yaml under the keys; None removes it."""
     path = folder / "params.yaml"
-    params = yaml.safe_load(path.read_text())
+    params = read_yaml(path)
     section = params
     for key in keys[:-1]:
         section = section[key]
@@ -45,7 +45,7 @@ def change(folder: Path, value: object, *keys: str) -> None:
         del section[keys[-1]]
     else:
         section[keys[-1]] = value
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    path.write_text(dump_yaml(params))
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *mentioned: str) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipeline.base import config, schema
 from pipeline.base.errors import ConfigError
+from pipeline.base.yaml_files import dump_yaml, read_yaml
 from pipeline.sweeps import analysis, search_space
 from stages import prepare, resolve, shard
 from tests.conftest import ray_tmpdir
@@ -31,7 +31,7 @@ SPACE = {"lr": {"log_uniform": [1e-4, 1e-2]}, "args.init_values": {"choice": [0.
 
 @pytest.fixture
 def params() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "params.yaml").read_text())
+    return read_yaml(ROOT / "params.yaml")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def load(tmp_path: Path, params: dict[str, Any]) -> Callable[..., config.Experim
     def load(**changes: Any) -> config.Experiment:
         changed = copy.deepcopy(params)
         changed["sweeps"]["recipe"].update(changes)
-        (tmp_path / "params.yaml").write_text(yaml.safe_dump(changed))
+        (tmp_path / "params.yaml").write_text(dump_yaml(changed))
         return config.load_experiment(tmp_path / "params.yaml")
 
     return load
@@ -159,7 +159,7 @@ def test_an_override_makes_a_recipe_and_changes_the_models_arguments(
     monkeypatch.chdir(tmp_path)
     resolve.run("e-vit-tuned")
     resolve.run("digits")
-    written = yaml.safe_load(Path("recipes/e-vit-tuned.yaml").read_text())
+    written = read_yaml(Path("recipes/e-vit-tuned.yaml"))
     assert (written["recipe"]["lr"], written["args"]) == (0.004, {"head": "even+abs_odd"})
     before = Path("recipes/digits.yaml").read_text()
     best.write_text("recipe: {lr: 0.005}\n")
@@ -231,7 +231,7 @@ def table(place: Path) -> list[dict[str, str]]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the digits' shards and a sweep of two small runs."""
     place = tmp_path_factory.mktemp("sweep")
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = read_yaml(ROOT / "params.yaml")
     for run in params["models"].values():
         run["args"]["embed_dim"] = 32
     params["recipes"]["digits"] |= {"global_batch_size": 256, "mixup_group": 64}
@@ -245,7 +245,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "asha": {"grace_epochs": 1, "reduction_factor": 2},
     }
     params["sweeps"]["hybrid"] |= {"runs": []}
-    (place / "params.yaml").write_text(yaml.safe_dump(params))
+    (place / "params.yaml").write_text(dump_yaml(params))
     before = Path.cwd()
     os.chdir(place)
     try:
@@ -284,10 +284,10 @@ def reference_outcome(digits: Path, running_cluster: dict[str, str]) -> list[dic
 def copy_of(digits: Path, place: Path, recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Another folder with the same data and nothing swept; `changes` are of the sweep, `recipe` of what it varies."""
     place.mkdir(exist_ok=True)
-    params = yaml.safe_load((digits / "params.yaml").read_text())
+    params = read_yaml(digits / "params.yaml")
     params["recipes"]["digits"] |= recipe or {}
     params["sweeps"]["recipe"] |= changes
-    (place / "params.yaml").write_text(yaml.safe_dump(params))
+    (place / "params.yaml").write_text(dump_yaml(params))
     (place / "data").symlink_to(digits / "data")
     return place
 

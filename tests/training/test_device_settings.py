@@ -94,7 +94,7 @@ def recipe(root) -> Recipe:
 
 
 def largest(model: Small, recipe: Recipe, sizes: list[int]) -> int:
-    return device_settings.find_max_batch_size(model, recipe, sizes, image_size=4, num_classes=5, amp="off")
+    return device_settings.find_max_batch_size(model, recipe, sizes, image_size=4, num_classes=5, amp=None)
 
 
 @pytest.mark.parametrize(

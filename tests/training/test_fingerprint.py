@@ -7,8 +7,8 @@ from pathlib import Path
 
 import grimp
 import pytest
-import yaml
 
+from pipeline.base.yaml_files import read_yaml
 from pipeline.training.fingerprint import NOT_FINGERPRINTED, code_of, fingerprinted_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def imported_by(*modules: str) -> set[str]:
 
 
 def dependencies(stage: str) -> tuple[str, ...]:
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     return tuple(stages[stage].get("do", stages[stage])["deps"])
 
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
-import yaml
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import FileSelector, FileSystem, FileType
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from pipeline import track
 from pipeline.base import config
+from pipeline.base.yaml_files import dump_yaml, read_yaml
 from pipeline.packing import pack
 from pipeline.packing.sources import digits
 from pipeline.training import trainer
@@ -150,14 +150,14 @@ def reference_run(cluster: Cluster, template: Path, tmp_path_factory: pytest.Tem
 
 
 def write(params: dict[str, Any]) -> None:
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("params.yaml").write_text(dump_yaml(params))
 
 
 def prepare_trial(
     *, workers: int | list[int] = 1, storage: str = "outputs", float64: bool = False, **wait: int
 ) -> None:
     """An experiment for so many workers, one of which waits at a step (`rank`, `step`) if any shall."""
-    params = yaml.safe_load(Path("params.yaml").read_text())
+    params = read_yaml(Path("params.yaml"))
     params["train"]["workers"], params["storage"] = workers, storage
     if float64:
         params["recipes"]["digits"]["drop_path"] = 0.0

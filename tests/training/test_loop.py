@@ -55,7 +55,7 @@ def batches(epoch: int, start_step=0, bounds=(0, BATCH), at_once=BATCH, dtype=to
 
 
 def start(recipe: Recipe, model: nn.Module) -> loop.TrainState:
-    return loop.TrainState.create(model, recipe, steps_per_epoch=PER_EPOCH // BATCH, amp="off")
+    return loop.TrainState.create(model, recipe, steps_per_epoch=PER_EPOCH // BATCH, amp=None)
 
 
 def fit(training: loop.TrainState, recipe: Recipe, on_epoch=lambda training: None, **changes) -> loop.TrainState:

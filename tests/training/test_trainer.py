@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-import yaml
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from pipeline.base import config, errors
+from pipeline.base.yaml_files import dump_yaml, read_yaml
 from pipeline.loading import batching, datasets
 from pipeline.packing import pack
 from pipeline.packing.sources import digits
@@ -54,11 +54,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(params: dict) -> None:
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("params.yaml").write_text(dump_yaml(params))
 
 
 def change(section: str, **values) -> None:
-    params = yaml.safe_load(Path("params.yaml").read_text())
+    params = read_yaml(Path("params.yaml"))
     (params["recipes"]["digits"] if section == "recipe" else params[section]).update(values)
     write(params)
 
@@ -123,7 +123,7 @@ def test_a_diverged_training_says_so_and_leaves_all_that_its_stage_declares(trai
     assert "diverged" in output and "train/" in output
     assert note()["status"] == "diverged" and "images of this worker's batch: ['train/" in note()["message"]
     assert all(weight.isfinite().all() for weight in load_file("outputs/vit/weights.safetensors").values())
-    assert yaml.safe_load(Path("outputs/vit/config.yaml").read_text())["recipe"]["lr"] == 1e30
+    assert read_yaml(Path("outputs/vit/config.yaml"))["recipe"]["lr"] == 1e30
     assert Path("outputs/vit/history.csv").read_text().startswith("epoch,lr,train/loss,val/loss")
 
 
@@ -183,7 +183,7 @@ def _one_of(rank: int, world_size: int, path: str) -> None:
             raise KeyboardInterrupt
 
     ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    training = loop.TrainState.create(model, described, steps_per_epoch=22, amp="off")
+    training = loop.TrainState.create(model, described, steps_per_epoch=22, amp=None)
     with suppress(KeyboardInterrupt):
         loop.fit(
             training,

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pipeline.base.errors import SourceError
 from pipeline.base.imagenet import WNID_PATTERN
+from pipeline.base.images import is_system_file
 from pipeline.packing.sources.listing import Listing, ListingBuilder, format_names
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -171,11 +172,12 @@ def iter_tar_members(path: Path, inner: TarMember | None = None) -> Iterator[Tar
                     f"{tar_name} is truncated, in or after the header of {member.name}: {_REDOWNLOAD_HINT}"
                 )
             offset = member.offset_data + member.size + -member.size % _BLOCK
-            if member.isdir():
+            name = member.name.rpartition("/")[2]
+            if member.isdir() or is_system_file(name):
                 continue
             if not member.isreg() or member.issparse():
                 raise SourceError(f"{tar_name}: {member.name} is a link or a sparse file: {_REDOWNLOAD_HINT}")
-            yield TarMember(member.name.rpartition("/")[2], member.offset_data, member.size)
+            yield TarMember(name, member.offset_data, member.size)
         _check_end(file, offset, end, tar_name)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from pipeline.base.errors import SourceError
-from pipeline.base.files import IMAGE_SUFFIXES
+from pipeline.base.images import IMAGE_SUFFIXES, is_system_file
 from pipeline.packing.sources import archives, kaggle
 from pipeline.packing.sources.archives import Archives
 from pipeline.packing.sources.folder import FolderTree
@@ -111,7 +111,7 @@ def _detect_file(path: Path) -> Source:
 
 
 def _detect_folder(path: Path) -> Source | ExistingShards | None:
-    names = set(os.listdir(path))
+    names = {name for name in os.listdir(path) if not is_system_file(name)}
     if names & archives.REQUIRED_FILES.keys():
         return Archives(path)
     if "ILSVRC" in names or kaggle.SOLUTION in names:

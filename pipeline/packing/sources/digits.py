@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.base import schema
 from pipeline.base.errors import ConfigError
+from pipeline.base.images import is_system_file
 from pipeline.packing.sources import detect
 from pipeline.packing.sources.detect import ExistingShards, Source
 
@@ -48,7 +49,11 @@ def write_digits(folder: Path) -> None:
         for split, rows in (("train", train), ("val", val))
         for row in sorted(rows)
     }
-    present = {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"}
+    present = {
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not (path.suffix == ".partial" or is_system_file(path.name))
+    }
     if unexpected := present - path_to_row.keys():
         raise ConfigError(
             f"{min(unexpected)} is not part of the digits data set that data.name selects: "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.base.errors import SourceError
-from pipeline.base.files import is_image
+from pipeline.base.images import is_image, is_system_file
 from pipeline.packing.sources.listing import Listing, ListingBuilder, format_names, map_in_threads
 from pipeline.shards.manifests import SPLITS
 
@@ -72,14 +72,14 @@ def iter_class_folders(folder: Path) -> Iterator[tuple[str, list[tuple[str, int]
 
 
 def file_sizes(folder: Path) -> list[tuple[str, int]]:
-    """Returns the names and sizes of the files in a folder, sorted by name, without hidden files.
+    """Returns the names and sizes of the files in a folder, sorted by name, without those that systems and editors add.
 
     Raises: SourceError if the folder contains a subfolder or a broken link.
     """
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_system_file(entry.name):
                 continue
             if entry.is_dir():
                 raise SourceError(f"{entry.path} is a folder: the images of a class must be directly in {folder}")
@@ -91,9 +91,9 @@ def file_sizes(folder: Path) -> list[tuple[str, int]]:
 
 
 def list_contents(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns the names of the subfolders and of the files in a folder, both sorted, without hidden ones."""
+    """Returns the names of the subfolders and of the files in a folder, both sorted, without those that systems add."""
     with os.scandir(folder) as entries:
-        listed = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+        listed = [(entry.name, entry.is_dir()) for entry in entries if not is_system_file(entry.name)]
     return sorted(name for name, is_dir in listed if is_dir), sorted(name for name, is_dir in listed if not is_dir)
 
 

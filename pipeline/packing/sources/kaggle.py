@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pipeline.base.errors import SourceError
+from pipeline.base.images import is_system_file
 from pipeline.packing.sources.folder import file_sizes, iter_class_folders, list_contents
 from pipeline.packing.sources.listing import DEFLATED, STORED, Listing, ListingBuilder, format_names
 
@@ -105,7 +106,7 @@ class KaggleZip:
 
         def add_member(member: zipfile.ZipInfo) -> None:
             folder, _, image = member.filename.rpartition("/")
-            if not image:
+            if not image or is_system_file(image):
                 return
             if folder.startswith(f"{TRAIN}/"):
                 found.add("train", folder[len(TRAIN) + 1 :], image, **self._location(member))

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.base import imagenet
 from pipeline.base.errors import SourceError
-from pipeline.base.files import is_image
+from pipeline.base.images import is_image
 from pipeline.shards.manifests import SPLITS
 
 T = TypeVar("T")

@@ -224,3 +224,10 @@ def test_a_link_in_a_tar_is_refused(images, tmp_path):
         tar.addfile(link)
     with pytest.raises(SourceError, match="ILSVRC2012_val_00000001.JPEG is a link or a sparse file"):
         scan(source)
+
+
+def test_hidden_members_of_the_official_archives_are_skipped(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("._x.JPEG", "x.JPEG"):
+            layouts.add_file(tar, name, b"12")
+    assert [member.name for member in archives.iter_tar_members(tmp_path / "a.tar")] == ["x.JPEG"]

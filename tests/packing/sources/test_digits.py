@@ -37,3 +37,12 @@ def test_digits_do_not_mix_with_images_of_others(images, tmp_path):
     with pytest.raises(ConfigError, match=r"train/.*JPEG is not part of the digits"):
         digits.write_digits(tmp_path)
     assert not list(tmp_path.rglob("*.jpg"))
+
+
+def test_the_digits_may_have_been_looked_at(tmp_path):
+    digits.write_digits(tmp_path)
+    (tmp_path / "train" / ".DS_Store").touch()
+    digits.write_digits(tmp_path)
+    (tmp_path / "train" / "mine.jpg").touch()
+    with pytest.raises(ConfigError, match="mine.jpg is not part of the digits"):
+        digits.write_digits(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 from timm.data import ImageNetInfo
 
@@ -78,3 +80,22 @@ def test_unknown_classes_have_no_imagenet_label(tmp_path):
     assert scan(source).classes == ["n01443537", "tench"]
     with pytest.raises(SourceError, match=r"none of ImageNet.s .* is called tench: .* data.labels to own"):
         scan(source, "imagenet")
+
+
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+def test_files_that_systems_and_editors_add_are_skipped(layout, tmp_path):
+    source = layouts.LAYOUTS[layout](layouts.images(), tmp_path / "source")
+    before = detect.detect_source(str(source))
+    listing = before.list_images("own")
+    for folder in [source, *(path for path in source.rglob("*") if path.is_dir())]:
+        for name in ("._x.jpg", ".DS_Store", "._ILSVRC2012_img_train.tar", "._a.zip"):
+            (folder / name).write_bytes(b"\0\5\x16\7 AppleDouble")
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (folder / name).mkdir()
+            (folder / name / "x-checkpoint.jpg").write_bytes(b"")
+    if layout == "Kaggle's zip":
+        with zipfile.ZipFile(next(source.glob("[a-z]*.zip")), "a") as archive:
+            for split in ("train/n01440764", "val"):
+                archive.writestr(f"ILSVRC/Data/CLS-LOC/{split}/._x.JPEG", b"")
+    after = detect.detect_source(str(source))
+    assert (after, after.list_images("own").splits) == (before, listing.splits)
