@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.models import load_checkpoint, save_for_hf
@@ -61,7 +62,7 @@ def export_model(
     `run` is the folder of a trained run, which defines model, arguments, weights and preprocessing. `checkpoint` is a
     file of weights, from safetensors or torch. With `run` it selects another file in the run's folder, such as the
     averaged weights. Without `run` and `checkpoint` the weights are random. Arguments that the checkpoint determines
-    can be omitted: those that `flopeq convert` stored, and the number of classes.
+    can be omitted: those that `flopeq convert` stored, the number of classes, and the channels and size of patches.
     Raises: ValueError if model, arguments and weights do not fit each other.
     """
     trained = None if run is None else load_trained_run(run)
@@ -135,14 +136,37 @@ def _args_from_checkpoint(checkpoint: Path, name: str) -> dict[str, Any]:
     try:
         with safe_open(checkpoint, framework="pt") as file:
             metadata = file.metadata() or {}
-            head = [file.get_slice(key).get_shape() for key in file.keys() if key == "head.weight"]  # noqa: SIM118
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{checkpoint} is not a safetensors file, or it is damaged: {error}") from error
     if metadata.get("model", name) != name:
         raise ValueError(f"{checkpoint} holds weights of {metadata['model']}, not of {name}")
     if "model_args" in metadata:
         return json.loads(metadata["model_args"])
-    return {"num_classes": head[0][0]} if head else {}
+    args = {"num_classes": shapes["head.weight"][0]} if "head.weight" in shapes else {}
+    return args | _patch_args(name, shapes)
+
+
+def _patch_args(name: str, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """in_chans and patch_size of a checkpoint, where they differ from those of the model's name."""
+    given = _patch_shape(name, shapes)
+    default = _patch_shape(name, {key: list(value.shape) for key, value in build(name, "meta").state_dict().items()})
+    if given is None or default is None:
+        return {}
+    channels = {"in_chans": given[0]} if given[0] != default[0] else {}
+    return channels | ({"patch_size": given[1:]} if given[1:] != default[1:] else {})
+
+
+def _patch_shape(name: str, shapes: dict[str, list[int]]) -> tuple[int, ...] | None:
+    """(in_chans, height, width) of a model's patches; None if its first convolution is not among the parameters."""
+    config = timm.get_pretrained_cfg(name)
+    first_conv = config.first_conv if config else None
+    if f"{first_conv}.weight" in shapes:
+        return tuple(shapes[f"{first_conv}.weight"][1:])
+    if f"{first_conv}.even" in shapes:
+        _, channels, height, left = shapes[f"{first_conv}.even"]
+        return channels, height, left + shapes[f"{first_conv}.odd"][3]
+    return None
 
 
 def _load(model: nn.Module, name: str, checkpoint: Path) -> None:

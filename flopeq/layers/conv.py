@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers.weight_init import trunc_normal_
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
+from torch.fx.node import has_side_effect
 
 from flopeq.backends.depthwise import depthwise_conv2d
 from flopeq.irreps import half, join, split
+
+_logger = logging.getLogger(__name__)
+
+torch.fx.wrap("rearrange")  # einops cannot be traced symbolically
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -27,19 +34,18 @@ def mirror_kernel(half_kernel: Tensor, width: int, sign: int) -> Tensor:
     Shape: (..., kh, ceil(width/2)) -> (..., kh, width) for sign +1. For sign -1 the left part has floor(width/2)
     columns, because the middle column of an antisymmetric kernel is zero.
     """
-    pairs = width // 2
-    right = half_kernel[..., :pairs].flip(-1)
+    right = half_kernel[..., : width // 2].flip(-1)
     if sign > 0:
         return torch.cat((half_kernel, right), dim=-1)
-    middle = half_kernel.new_zeros((*half_kernel.shape[:-1], width % 2))
-    return torch.cat((half_kernel, middle, -right), dim=-1)
+    return torch.cat((F.pad(half_kernel, (0, width % 2)), -right), dim=-1)
 
 
 class FlopPatchConv(nn.Module):
     """Convolution with symmetric kernels for even channels and antisymmetric kernels for odd channels (sec. 3.2).
 
     The stride equals the kernel size, so the layer embeds patches. `scale` multiplies the result; the authors use
-    1/sqrt 2 in the ViT and the ConvNeXt.
+    1/sqrt 2 in the ViT and the ConvNeXt. `load_state_dict` adapts kernels of another number of input channels as
+    timm's `adapt_input_conv` does.
 
     Shape: (B, in_channels, H, W) -> (B, out_channels, H/kh, W/kw).
     Raises: ValueError if out_channels is odd, or if the image width is not a multiple of the patch width, because the
@@ -74,6 +80,8 @@ class FlopPatchConv(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    reset_parameters = init_weights  # torch's name, which timm calls for weight_init="reset"
+
     def kernel(self) -> Tensor:
         """The whole kernel, (out_channels, in_channels, kh, kw)."""
         width = self.kernel_size[1]
@@ -88,9 +96,17 @@ class FlopPatchConv(nn.Module):
         self.even = nn.Parameter(even[..., : width - width // 2].clone(), requires_grad=self.even.requires_grad)
         self.odd = nn.Parameter(odd[..., : width // 2].clone(), requires_grad=self.odd.requires_grad)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("even", "odd"):
+            kernel = state_dict.get(prefix + name)
+            if kernel is not None and kernel.ndim == 4 and kernel.shape[1] != self.in_channels:
+                _logger.warning(f"Adapts {prefix}{name} from {kernel.shape[1]} to {self.in_channels} input channels.")
+                state_dict[prefix + name] = adapt_input_conv(self.in_channels, kernel, base_chans=kernel.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, image: Tensor) -> Tensor:
         check_patch_width(image.shape[-1], self.kernel_size[1])
-        bias = None if self.bias is None else F.pad(self.bias, (0, len(self.bias))) * self.scale
+        bias = None if self.bias is None else F.pad(self.bias, (0, self.out_channels // 2)) * self.scale
         return F.conv2d(image, self.kernel() * self.scale, bias, stride=self.kernel_size)
 
     def extra_repr(self) -> str:
@@ -98,6 +114,8 @@ class FlopPatchConv(nn.Module):
         return f"{self.in_channels} -> {outer}e+{outer}o, kernel_size={self.kernel_size}, scale={self.scale:.4g}"
 
 
+@has_side_effect
+@torch.fx.wrap
 def check_patch_width(image_width: int, patch_width: int) -> None:
     """Raises ValueError if an image's width is not a multiple of the patch width."""
     if image_width % patch_width:
@@ -146,6 +164,8 @@ class FlopDepthwiseConv(nn.Module):
         for part in (self.even_to_even, self.even_to_odd, self.odd_to_even, self.odd_to_odd):
             trunc_normal_(part, std=0.02)
         nn.init.zeros_(self.bias)
+
+    reset_parameters = init_weights  # torch's name, which timm calls for weight_init="reset"
 
     def kernel(self) -> Tensor:
         """The whole kernel, (C, 1, kernel_size, kernel_size), by source and target: ee, eo, oe, oo."""

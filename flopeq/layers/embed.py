@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from flopeq.irreps import half, join, split
 from flopeq.layers.conv import FlopPatchConv, check_patch_width, mirror_kernel, pair
 
+torch.fx.wrap("rearrange")  # einops cannot be traced symbolically
+
 
 class FlopPatchEmbed(PatchEmbed):
     """timm's `PatchEmbed` with a `FlopPatchConv`. Tokens are in raster order.
@@ -68,6 +70,7 @@ class FlopPosEmbed(nn.Module):
         height, width = grid_size
         channels = half(num_channels, "embed_dim")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.grid_size = height, width
         self.even = nn.Parameter(torch.empty(height, width - width // 2, channels, **dd))
         self.odd = nn.Parameter(torch.empty(height, width // 2, channels, **dd))
         self.init_weights()
@@ -77,10 +80,7 @@ class FlopPosEmbed(nn.Module):
         trunc_normal_(self.even, std=0.02)
         trunc_normal_(self.odd, std=0.02)
 
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Numbers of rows and columns."""
-        return self.even.shape[0], self.even.shape[1] + self.odd.shape[1]
+    reset_parameters = init_weights  # torch's name, which timm calls for weight_init="reset"
 
     def forward(self, grid_size: tuple[int, int] | None = None) -> Tensor:
         """The whole embedding. For another grid it is resampled as in timm."""
@@ -88,9 +88,7 @@ class FlopPosEmbed(nn.Module):
         even, odd = (rearrange(part, "H W C -> C H W") for part in (self.even, self.odd))
         whole = join(mirror_kernel(even, width, +1), mirror_kernel(odd, width, -1), dim=0)
         tokens = rearrange(whole, "C H W -> 1 (H W) C")
-        if grid_size is None or grid_size == self.grid_size:
-            return tokens
-        return resample_abs_pos_embed(tokens, list(grid_size), list(self.grid_size), num_prefix_tokens=0)
+        return tokens if grid_size is None else _resample_tokens(tokens, grid_size, self.grid_size)
 
     @torch.no_grad()
     def resized(self, grid_size: tuple[int, int]) -> FlopPosEmbed:
@@ -104,3 +102,10 @@ class FlopPosEmbed(nn.Module):
 
     def extra_repr(self) -> str:
         return f"grid={self.grid_size}, {self.even.shape[-1]}e+{self.odd.shape[-1]}o"
+
+
+@torch.fx.wrap
+def _resample_tokens(tokens: Tensor, grid_size: tuple[int, int], old_grid_size: tuple[int, int]) -> Tensor:
+    if grid_size == old_grid_size:
+        return tokens
+    return resample_abs_pos_embed(tokens, list(grid_size), list(old_grid_size), num_prefix_tokens=0)

@@ -25,6 +25,11 @@ class FlopLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(half(num_channels, "num_channels"), device=device, dtype=dtype))
 
+    def reset_parameters(self) -> None:
+        """Sets the weight to 1 and the bias to 0."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         return join(*self.on_halves(*split(x)))
 

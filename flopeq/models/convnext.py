@@ -26,6 +26,7 @@ from flopeq.models.variants import (
     baseline_name,
     check_num_flop_blocks,
     make_default_cfgs,
+    refuse_arguments,
     register_variants,
     resolve_num_flop_blocks,
 )
@@ -33,6 +34,23 @@ from flopeq.models.variants import (
 __all__ = ["ConvNeXtIso"]
 
 KERNEL_SIZE = 7
+
+_ISOTROPIC = "all blocks of an isotropic ConvNeXt have one grid and one width"
+_FIXED = "the paper's networks have one kind of block"
+_BLOCK_ARGUMENTS = ("kernel_sizes", "conv_mlp", "conv_bias", "use_grn", "act_layer", "norm_layer", "norm_eps")
+
+REFUSED: dict[str, str] = {
+    "output_stride": f"{_ISOTROPIC}; the stride is patch_size",
+    "depths": f"{_ISOTROPIC}; use depth",
+    "dims": f"{_ISOTROPIC}; use embed_dim",
+    "stem_type": "the stem is a patch embedding",
+    "head_norm_first": "the norm follows pooling, as in the paper",
+    "head_hidden_size": "the head is one linear layer",
+    **dict.fromkeys(_BLOCK_ARGUMENTS, _FIXED),
+    "head_init_scale": "the head is initialized like the other layers; scale its parameters after building the model",
+    "dynamic_img_size": "there is nothing to turn on; the model takes any image whose sides are multiples of the patch",
+}
+"""Arguments of timm's `ConvNeXt` that `ConvNeXtIso` does not take, with the reason."""
 
 
 class FlopConvNeXtBlock(ConvNeXtBlock):
@@ -122,7 +140,7 @@ class ConvNeXtIso(FlopHead, nn.Module):
         self._check_pool(global_pool)
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_flop_blocks = num_flop_blocks
+        self.num_flop_blocks, self.ls_init_value = num_flop_blocks, ls_init_value
         self.grad_checkpointing = False
         if num_flop_blocks:
             check_patch_width(pair(img_size)[1], pair(patch_size)[1])
@@ -144,6 +162,15 @@ class ConvNeXtIso(FlopHead, nn.Module):
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_head(head, equivariant=num_flop_blocks == depth, **dd)
         self.norm = nn.LayerNorm(self.head_hidden_size, eps=1e-6, **dd)
+        self.apply(self._init_weights)
+
+    def init_weights(self) -> None:
+        """Initializes all parameters again, for example after `to_empty`."""
+        for module in self.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+            if isinstance(module, ConvNeXtBlock) and module.gamma is not None:
+                nn.init.constant_(module.gamma, self.ls_init_value or 0.0)
         self.apply(self._init_weights)
 
     @staticmethod
@@ -203,11 +230,12 @@ class ConvNeXtIso(FlopHead, nn.Module):
         return self._classify(self.invariants(x, dim=1), pre_logits)
 
     def _classify(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Applies the head to invariant features."""
+        """Applies the head to invariant features: to their mean, or at every position if there is no pooling."""
         if self.global_pool:
-            x = self.norm(x.mean((-2, -1)))
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
+            x = self.head_drop(self.norm(x.mean((-2, -1))))
+            return x if pre_logits else self.head(x)
+        x = self.head_drop(self.norm(x.permute(0, 2, 3, 1)))
+        return (x if pre_logits else self.head(x)).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.skips_odd_half:
@@ -251,6 +279,7 @@ class ConvNeXtIso(FlopHead, nn.Module):
 
 
 def _create(name: str, pretrained: bool, num_flop_blocks: int | None = None, **kwargs: Any) -> nn.Module:
+    refuse_arguments(kwargs, REFUSED)
     kwargs = SIZES[baseline_name(name)] | kwargs
     return build_model_with_cfg(
         ConvNeXtIso,
@@ -268,7 +297,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "convnext_iso_large": {"embed_dim": 1024, "depth": 36, "ls_init_value": 1e-6},
 }
 
-default_cfgs = make_default_cfgs(SIZES, "XEH")
+default_cfgs = make_default_cfgs(SIZES, "XEH", first_conv="stem")
 
 for _name in SIZES:
     register_variants(__name__, _name, "XEH", _create)

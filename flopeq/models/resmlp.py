@@ -22,7 +22,7 @@ from timm.models.mlp_mixer import checkpoint_filter_fn as mixer_filter_fn
 from torch import Tensor, nn
 
 from flopeq.irreps import change_basis, half, join
-from flopeq.layers.biparity import ColumnParity, FlopResBlock
+from flopeq.layers.biparity import BiparityAffine, ColumnParity, FlopResBlock
 from flopeq.layers.conv import pair
 from flopeq.layers.embed import FlopPatchEmbed
 from flopeq.models.variants import (
@@ -30,11 +30,21 @@ from flopeq.models.variants import (
     baseline_name,
     check_head,
     make_default_cfgs,
+    refuse_arguments,
     register_variants,
     resolve_num_flop_blocks,
 )
 
 __all__ = ["FlopMlpMixer"]
+
+_FIXED = "E(ResMLP) and H(ResMLP) use layers that commute with the flop; num_flop_blocks=0 gives X, which takes it"
+
+REFUSED: dict[str, str] = dict.fromkeys(("block_layer", "mlp_layer", "norm_layer", "act_layer", "stem_norm"), _FIXED)
+"""Arguments of timm's `MlpMixer` that E and H do not take, with the reason."""
+
+FIXED_GRID: dict[str, str] = dict.fromkeys(
+    ("dynamic_img_size", "dynamic_img_pad"), "token mixing has a weight for every pair of tokens; set img_size instead"
+)
 
 
 class BasisChangeBlock(ResBlock):
@@ -62,14 +72,14 @@ class ParityPatchEmbed(FlopPatchEmbed):
 class FlopMlpMixer(FlopHead, MlpMixer):
     """A ResMLP whose first `num_flop_blocks` blocks commute with the flop (sec. 4.1): all in E, fewer in H.
 
-    Takes the arguments of timm's `MlpMixer` and:
+    Takes the arguments of timm's `MlpMixer`, except for those of `REFUSED`, and:
         num_flop_blocks: 1 to num_blocks. For 0 the entry points return timm's model.
         init_values: initial value of LayerScale.
         head: "even" for invariant features, or "even+abs_odd" to append the absolute values of the others (E only).
     `forward_features` of E returns tokens sorted by column parity. `forward_intermediates` and `features_only` return
     image grids of even and odd channels.
-    Raises: ValueError for widths that do not split into halves, and for image widths that are not a multiple of the
-    patch width.
+    Raises: ValueError for widths that do not split into halves, for image widths that are not a multiple of the patch
+    width, and for the arguments of `REFUSED`.
     """
 
     def __init__(
@@ -82,13 +92,18 @@ class FlopMlpMixer(FlopHead, MlpMixer):
         patch_size: int | tuple[int, int] = 16,
         num_blocks: int = 8,
         embed_dim: int = 512,
+        mlp_ratio: float = 4.0,
         init_values: float = 1e-4,
         device=None,
         dtype=None,
         **kwargs: Any,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        refuse_arguments({name: value or None for name, value in kwargs.items()}, REFUSED | FIXED_GRID)
         half(embed_dim, "embed_dim")
+        if not isinstance(mlp_ratio, int | float):
+            raise ValueError(f"mlp_ratio={mlp_ratio!r} is not a number: ResMLP's blocks have one channel MLP")
+        self.init_values = init_values  # timm's constructor calls init_weights
         height, width = (side // patch for side, patch in zip(pair(img_size), pair(patch_size), strict=True))
         columns = ColumnParity((height, width))
         depth = itertools.count()
@@ -110,10 +125,11 @@ class FlopMlpMixer(FlopHead, MlpMixer):
             patch_size=patch_size,  # pyright: ignore[reportArgumentType]
             num_blocks=num_blocks,
             embed_dim=embed_dim,
+            mlp_ratio=mlp_ratio,  # pyright: ignore[reportArgumentType]
             block_layer=block,  # pyright: ignore[reportArgumentType]
             norm_layer=Affine,
             **dd,
-            **kwargs,
+            **{name: value for name, value in kwargs.items() if name not in REFUSED | FIXED_GRID},
         )
         self.columns, self.num_flop_blocks = columns, num_flop_blocks
         self.stem = ParityPatchEmbed(img_size, patch_size, in_chans, embed_dim, columns=columns, **dd)
@@ -122,6 +138,17 @@ class FlopMlpMixer(FlopHead, MlpMixer):
         if equivariant:
             self.norm = nn.Identity()
         self.fc_norm = Affine(self.head_hidden_size, **dd) if equivariant else nn.Identity()
+
+    def init_weights(self, nlhb: bool = False) -> None:
+        """Initializes weights as timm does, and also affine layers and LayerScales, which timm leaves as they are."""
+        super().init_weights(nlhb)
+        for module in self.modules():
+            if isinstance(module, Affine | BiparityAffine):
+                nn.init.ones_(module.alpha)
+                nn.init.zeros_(module.beta)
+            elif isinstance(module, ResBlock | FlopResBlock):
+                nn.init.constant_(module.ls1, self.init_values)
+                nn.init.constant_(module.ls2, self.init_values)
 
     def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
         if not self.equivariant:
@@ -175,7 +202,9 @@ def _create(
     if num_flop_blocks:
         kwargs |= {"num_flop_blocks": num_flop_blocks, "head": head}
     else:
-        kwargs |= {"norm_layer": Affine, "block_layer": partial(ResBlock, init_values=kwargs.pop("init_values"))}
+        refuse_arguments({name: value or None for name, value in kwargs.items()}, FIXED_GRID)
+        block_layer = partial(ResBlock, init_values=kwargs.pop("init_values"))
+        kwargs = {"norm_layer": Affine, "block_layer": block_layer} | kwargs
     return build_model_with_cfg(
         FlopMlpMixer if num_flop_blocks else MlpMixer,
         name,
@@ -197,7 +226,9 @@ SIZES = {name: size | {"patch_size": 16, "mlp_ratio": 4} for name, size in SIZES
 
 OURS = ("resmlp_base_24_224", "resmlp_large_24_224")
 
-default_cfgs = make_default_cfgs(SIZES, "EH") | make_default_cfgs(OURS, "X")
+default_cfgs = make_default_cfgs(SIZES, "EH", first_conv="stem.proj") | make_default_cfgs(
+    {name: SIZES[name] for name in OURS}, "X", first_conv="stem.proj"
+)
 
 for _name in SIZES:
     register_variants(__name__, _name, "XEH" if _name in OURS else "EH", _create)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,6 +20,13 @@ def check_num_flop_blocks(num_flop_blocks: int, depth: int) -> None:
     """Raises ValueError if the number of equivariant blocks is not between 0 and depth."""
     if not 0 <= num_flop_blocks <= depth:
         raise ValueError(f"num_flop_blocks={num_flop_blocks} is not valid: use 0 (X) to {depth} (E)")
+
+
+def refuse_arguments(args: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Raises ValueError with the reason for an argument of timm's model that the network does not take."""
+    for name in reasons:
+        if args.get(name) is not None:
+            raise ValueError(f"{name}={args[name]!r} is not supported: {reasons[name]}")
 
 
 def check_head(head: str, equivariant: bool) -> None:
@@ -54,6 +61,12 @@ class FlopHead:
                 fresh.weight.data.copy_(self.head.weight.data[:, : self.head_hidden_size])
                 fresh.bias.data.copy_(self.head.bias.data)
                 self.head = fresh
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            f"{type(self).__name__} does not support torch.jit.script, which torch has deprecated: use torch.compile "
+            "or torch.export"
+        )
 
     def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
         """The features for the head. `dim` is the channel axis."""
@@ -115,25 +128,29 @@ def baseline_name(name: str) -> str:
     return name.removeprefix(PREFIXES["H"]).removeprefix(PREFIXES["E"])
 
 
-def make_default_cfgs(baselines: Iterable[str], variants: str) -> dict[str, Any]:
-    """timm's `default_cfgs` for models without published weights, with the paper's input and ImageNet's statistics."""
+def make_default_cfgs(sizes: Mapping[str, Mapping[str, Any]], variants: str, first_conv: str) -> dict[str, Any]:
+    """timm's `default_cfgs` for models without published weights, with the paper's input and ImageNet's statistics.
+
+    `first_conv` names the module of the patch embedding. In E and H it has a mirrored kernel, with parameters `even`
+    and `odd` instead of timm's `weight`.
+    """
     return generate_default_cfgs(
         {
             f"{PREFIXES[variant]}{name}.untrained": {
                 "url": "",
                 "num_classes": 1000,
                 "input_size": (3, 224, 224),
-                "pool_size": None,
+                "pool_size": (224 // size.get("patch_size", 16),) * 2,
                 "crop_pct": 1.0,
                 "interpolation": "bicubic",
                 "fixed_input_size": True,
                 "mean": IMAGENET_DEFAULT_MEAN,
                 "std": IMAGENET_DEFAULT_STD,
-                "first_conv": None,
+                "first_conv": first_conv,
                 "classifier": "head",
                 "license": "apache-2.0",
             }
-            for name in baselines
+            for name, size in sizes.items()
             for variant in variants
         }
     )

@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import resample_patch_embed
 from timm.models import build_model_with_cfg
+from timm.models._input import update_model_input_size
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, change_basis, half, join, split
 from flopeq.layers.attention import FlopAttention
+from flopeq.layers.conv import FlopPatchConv
 from flopeq.layers.embed import FlopPatchEmbed, FlopPosEmbed
 from flopeq.layers.linear import add_residual
 from flopeq.layers.mlp import FlopGELU, FlopMlp
@@ -25,11 +28,19 @@ from flopeq.models.variants import (
     baseline_name,
     check_head,
     make_default_cfgs,
+    refuse_arguments,
     register_variants,
     resolve_num_flop_blocks,
 )
 
 __all__ = ["FlopVisionTransformer"]
+
+_FIXED = "E(ViT) and H(ViT) use layers that commute with the flop; num_flop_blocks=0 gives X, which takes it"
+
+REFUSED: dict[str, str] = dict.fromkeys(
+    ("embed_layer", "embed_norm_layer", "norm_layer", "act_layer", "block_fn", "mlp_layer", "attn_layer"), _FIXED
+)
+"""Arguments of timm's `VisionTransformer` that E and H do not take, with the reason."""
 
 
 class FlopBlock(Block):
@@ -79,11 +90,11 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
     If all blocks are equivariant, the model is E(ViT). Its head sees even features only, so the logits of an image and
     its flop are equal. Otherwise it is H(ViT): ordinary blocks, norm and head follow in the regular basis.
 
-    Takes the arguments of timm's `VisionTransformer` and:
+    Takes the arguments of timm's `VisionTransformer`, except for those of `REFUSED`, and:
         num_flop_blocks: 1 to depth. For 0 the entry points return timm's model.
         head: "even", or "even+abs_odd" to append the absolute values of odd features (E only).
     Raises: ValueError for widths that do not split into halves, for image widths that are not a multiple of the patch
-    width, and for attention pooling.
+    width, for attention pooling, and for the arguments of `REFUSED`.
     """
 
     def __init__(
@@ -104,6 +115,7 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
         **kwargs: Any,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        refuse_arguments(kwargs, REFUSED)
         half(embed_dim, "embed_dim")
         if global_pool in ("map", "prr"):
             raise ValueError(f"global_pool={global_pool!r} is not equivariant: use 'token', 'avg', 'max' or 'avgmax'")
@@ -124,9 +136,11 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
             norm_layer=FlopLayerNorm if equivariant else partial(nn.LayerNorm, eps=1e-6),
             block_fn=partial(_make_block, num_flop_blocks),  # pyright: ignore[reportArgumentType]
             **dd,
-            **kwargs,
+            **{name: value for name, value in kwargs.items() if name not in REFUSED},
         )
         self.num_flop_blocks = num_flop_blocks
+        if not isinstance(self.norm_pre, nn.Identity):
+            self.norm_pre = FlopLayerNorm(embed_dim, **dd)
         for name in ("cls_token", "reg_token"):
             token = getattr(self, name)
             if token is not None:
@@ -146,6 +160,14 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
             self.pos_embed = None
         super().init_weights(mode, needs_reset)
         self.pos_embed = pos_embed
+
+    @torch.no_grad()
+    def fix_init_weight(self) -> None:
+        """Divides the last weights of each residual branch by sqrt(2 * layer), counted from 1, as timm does."""
+        for name, parameter in self.blocks.named_parameters():
+            index, _, rest = name.partition(".")
+            if rest.startswith(("attn.proj.", "mlp.fc2.")) and rest.endswith("weight"):
+                parameter.div_((2.0 * (int(index) + 1)) ** 0.5)
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed.even", "pos_embed.odd", "cls_token", "reg_token"}
@@ -169,13 +191,14 @@ class FlopVisionTransformer(FlopHead, VisionTransformer):
         self.patch_embed.set_input_size(img_size, patch_size)
         if self.pos_embed is not None and self.pos_embed.grid_size != self.patch_embed.grid_size:
             self.pos_embed = self.pos_embed.resized(self.patch_embed.grid_size)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         return super().pool(self.invariants(x), pool_type)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resizes the position embedding of a checkpoint to the model's grid. timm calls it to load weights."""
+    """Resizes position embedding and patches of a checkpoint to those of the model. timm calls it to load weights."""
     if not isinstance(model, FlopVisionTransformer):
         return vit_filter_fn(state_dict, model)  # pyright: ignore[reportArgumentType]
     if "pos_embed.even" in state_dict and model.pos_embed is not None:
@@ -186,6 +209,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             given.load_state_dict({"even": even, "odd": odd})
             resized = given.resized(model.pos_embed.grid_size)
             state_dict = state_dict | {"pos_embed.even": resized.even.detach(), "pos_embed.odd": resized.odd.detach()}
+    if "patch_embed.proj.even" in state_dict:
+        even, odd = state_dict["patch_embed.proj.even"], state_dict["patch_embed.proj.odd"]
+        patch_size = (even.shape[2], even.shape[3] + odd.shape[3])
+        if patch_size != model.patch_embed.patch_size:
+            conv = FlopPatchConv(even.shape[1], 2 * len(even), patch_size, bias=False)
+            conv.load_state_dict({"even": even, "odd": odd})
+            conv.set_kernel(resample_patch_embed(conv.kernel(), list(model.patch_embed.patch_size)))
+            state_dict = state_dict | {f"patch_embed.proj.{name}": part for name, part in conv.state_dict().items()}
     return state_dict
 
 
@@ -217,7 +248,7 @@ SIZES: dict[str, dict[str, Any]] = {
 # Every size has no position for the class token, and the authors' initial LayerScale.
 SIZES = {name: size | {"no_embed_class": True, "init_values": 1e-4} for name, size in SIZES.items()}
 
-default_cfgs = make_default_cfgs(SIZES, "EH")
+default_cfgs = make_default_cfgs(SIZES, "EH", first_conv="patch_embed.proj")
 
 for _name in SIZES:
     register_variants(__name__, _name, "EH", _create)

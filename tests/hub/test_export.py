@@ -14,6 +14,7 @@ from flopeq.cli.app import main
 from flopeq.hub.export import export_model, measure_equivariance_error
 from flopeq.hub.model_card import render_card
 from flopeq.models.build import build
+from flopeq.registry import MODELS
 from tests.models.conftest import SMALL, randomize_parameters
 
 ARGS = {"img_size": 32, "patch_size": 8, "num_classes": 5}
@@ -59,6 +60,41 @@ def test_model_arguments_survive_the_export(tmp_path):
     export_model(H, tmp_path / "out", checkpoint=tmp_path / "w.safetensors", **args)
     again = loaded(tmp_path / "out")
     assert again.num_flop_blocks == 1 and torch.equal(again(torch.ones(1, 3, 32, 32)), model(torch.ones(1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("args", [{"in_chans": 1}, {"patch_size": 4}, {"in_chans": 5, "patch_size": (16, 4)}])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != X])
+def test_channels_and_patches_of_a_checkpoint_are_those_of_the_folder(name, args, tmp_path, monkeypatch):
+    args = SMALL[NETWORKS[name]] | {"img_size": 32, "num_classes": 5} | args
+    model = weights_of(name, tmp_path / "w.safetensors", **args)
+    given = {key: value for key, value in args.items() if key not in ("in_chans", "patch_size", "num_classes")}
+    folder = tmp_path / "out"
+    export_model(name, folder, checkpoint=tmp_path / "w.safetensors", **given)
+    images = torch.randn(2, args.get("in_chans", 3), 32, 32)
+    assert torch.equal(loaded(folder)(images), model(images))
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **kwargs: str(folder / filename))
+    assert torch.equal(timm.create_model("hf-hub:org/name", pretrained=True).eval()(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["flop_deit3_base_patch16_224", "flop_resmlp_24_224", "flophybrid_convnext_iso_small"])
+def test_a_folder_loads_with_other_channels_and_classes(name, tmp_path):
+    args = SMALL[MODELS[name].family] | ARGS
+    model = weights_of(name, tmp_path / "w.safetensors", **args)
+    export_model(name, tmp_path / "out", checkpoint=tmp_path / "w.safetensors", **args)
+    grey = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, in_chans=1).eval()
+    image = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(grey(image), model(image.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
+    assert timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=9).eval()(
+        image.expand(-1, 3, -1, -1)
+    ).shape == (2, 9)
+
+
+def test_a_resized_model_is_saved_with_its_sizes(tmp_path):
+    model = randomize_parameters(build(E, **SMALL["vit"] | ARGS)).eval()
+    model.set_input_size((16, 24), patch_size=4)
+    timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
+    images = torch.randn(2, 3, 16, 24)
+    assert torch.equal(loaded(tmp_path)(images), model(images))
 
 
 @pytest.fixture
