@@ -19,7 +19,7 @@ from torch import Tensor
 from flopeq.irreps import SQRT_HALF
 from flopeq.layers.linear import FlopLinear
 from flopeq.layers.norm import FlopLayerNorm
-from flopeq.models.vit import FlopBlock, get_layer_scale
+from flopeq.models.vit import FlopBlock
 
 
 def batched(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -35,12 +35,12 @@ def batched(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_caus
     y = y.reshape(B * N, h, 2, d_half).permute(2, 0, 1, 3).reshape(2, B * N, C // 2)
     y = batched_product(y, attn.proj, dtype)
     y = torch.cat((y[0] + attn.proj.even.bias.to(dtype), y[1]), -1).view(B, N, C)
-    x = x + y * get_layer_scale(self.ls1)
+    x = x + y * self.ls1.gamma
     y = batched_product(halves_first(joined_norm(x, self.norm2)), mlp.fc1, dtype)
-    y = torch.stack(mlp.act.on_halves(y[0] + mlp.fc1.even.bias.to(dtype), y[1]))
+    y = torch.stack(mlp.act((y[0] + mlp.fc1.even.bias.to(dtype), y[1])))
     y = batched_product(y, mlp.fc2, dtype)
     y = torch.cat((y[0] + mlp.fc2.even.bias.to(dtype), y[1]), -1).view(B, N, C)
-    return x + y * get_layer_scale(self.ls2)
+    return x + y * self.ls2.gamma
 
 
 def by_triton(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -53,11 +53,11 @@ def by_triton(self: FlopBlock, x: Tensor, attn_mask: Tensor | None = None, is_ca
     q, k, v = (part.transpose(1, 2) for part in heads.view(B, N, 3, h, 2 * d_half).unbind(2))
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B * N, C)
     y = paired_linear(y, stacked_weights(attn.proj, dtype), attn.proj.even.bias.to(dtype), d_half, 0)
-    x = x + y.view(B, N, C) * get_layer_scale(self.ls1)
+    x = x + y.view(B, N, C) * self.ls1.gamma
     y = joined_norm(x, self.norm2).view(B * N, C).to(dtype)
     y = paired_gelu_linear(y, stacked_weights(mlp.fc1, dtype), mlp.fc1.even.bias.to(dtype))
     y = paired_linear(y, stacked_weights(mlp.fc2, dtype), mlp.fc2.even.bias.to(dtype), 0, 0)
-    return x + y.view(B, N, C) * get_layer_scale(self.ls2)
+    return x + y.view(B, N, C) * self.ls2.gamma
 
 
 BLOCKS: dict[str, Callable[..., Tensor]] = {"library": FlopBlock.forward, "batched": batched, "triton": by_triton}

@@ -37,6 +37,7 @@ def uses_summed_gradient(x: Tensor) -> bool:
         and not torch.compiler.is_exporting()
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()  # for which the gradient below has no rules
         and x.device.type == "cpu"
         and x.dtype == torch.float32
     )

@@ -91,6 +91,7 @@ def export_model(
     try:
         save_for_hf(model, str(folder), safe_serialization=True, data_config=data,
                     model_config={"pretrained_cfg": {"license": license}})  # fmt: skip
+        _drop_repeated_num_classes(folder / "config.json")
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error}") from error
     size = tuple(json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["input_size"])
@@ -107,6 +108,13 @@ def export_model(
     text = render_card(name, args, size, metrics, weights=weights, license=license, run=trained)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return ExportResult(name, str(folder), counted.params, counted.flops, error)
+
+
+def _drop_repeated_num_classes(path: Path) -> None:
+    """Leaves the number of classes out of timm's model_args, because transformers takes it from `num_classes`."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def measure_equivariance_error(model: nn.Module, size: tuple[int, int, int]) -> float:

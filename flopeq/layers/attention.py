@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from einops import rearrange
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from flopeq.irreps import join, split
-from flopeq.layers.linear import FlopLinear, Halves
+from flopeq.layers.halves import Halves, call_unless_identity, from_halves, to_halves
+from flopeq.layers.linear import FlopLinear
 from flopeq.layers.norm import FlopLayerNorm
 
 
@@ -20,7 +20,7 @@ class FlopAttention(nn.Module):
 
     It replaces timm's `Attention`. Every head has as many even channels as odd ones.
 
-    Shape: (B, N, C) -> (B, N, C).
+    Shape: (B, N, C) -> (B, N, C); a pair of halves gives a pair.
     Cost: 2 C^2 multiply-adds per token for the projections, half of ordinary attention; the rest costs the same.
     Raises: ValueError if a head's width does not split into two halves, or for a causal mask, which is not symmetric.
     """
@@ -57,21 +57,17 @@ class FlopAttention(nn.Module):
         self.proj = FlopLinear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        return join(*self.on_halves(*split(x), attn_mask=attn_mask, is_causal=is_causal))
-
-    def on_halves(self, even: Tensor, odd: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Halves:
-        """`forward` on separate halves."""
+    def forward(self, x: Tensor | Halves, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Halves:
         if is_causal:
             raise ValueError(
                 "a causal mask distinguishes left from right: such attention does not commute with the flop"
             )
+        even, odd = (part.unflatten(-1, (3, self.num_heads, -1)) for part in self.qkv(to_halves(x)))
+        q_even, k_even, v_even = even.unbind(2)
+        q_odd, k_odd, v_odd = odd.unbind(2)
         # Writes the halves directly into the heads. Their gradients take the same way back, without another copy.
-        thirds = (
-            rearrange(part, "B N (k h d) -> B N k h d", k=3, h=self.num_heads).unbind(2)
-            for part in self.qkv.on_halves(even, odd)
-        )
-        q, k, v = (join(*halves).transpose(1, 2) for halves in zip(*thirds, strict=True))
+        thirds = (q_even, q_odd), (k_even, k_odd), (v_even, v_odd)
+        q, k, v = (join(*halves).transpose(1, 2) for halves in thirds)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
@@ -81,11 +77,9 @@ class FlopAttention(nn.Module):
             if attn_mask is not None:
                 scores = scores + attn_mask
             x_BhNd = self.attn_drop(scores.softmax(dim=-1)) @ v
-        even, odd = (rearrange(part, "B h N d -> B N (h d)") for part in split(x_BhNd))
-        if not isinstance(self.norm, nn.Identity):
-            even, odd = self.norm.on_halves(even, odd)
-        even, odd = self.proj.on_halves(even, odd)
-        return self.proj_drop(even), self.proj_drop(odd)
+        even, odd = (part.transpose(1, 2).flatten(2) for part in split(x_BhNd))
+        even, odd = self.proj(call_unless_identity(self.norm, (even, odd)))
+        return from_halves((self.proj_drop(even), self.proj_drop(odd)), like=x)
 
     def extra_repr(self) -> str:
         return f"{self.num_heads} heads of {self.head_dim // 2}e+{self.head_dim // 2}o"

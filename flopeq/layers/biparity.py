@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange
 from timm.layers import DropPath
 from timm.layers.activations import quick_gelu
 from torch import Tensor, nn
 
-from flopeq.backends.onednn import Linear, linear
+from flopeq.backends.attached import may_use_weights
+from flopeq.backends.onednn import linear, linear_without_bias
 from flopeq.irreps import butterfly, change_basis, half, join, split
 
 
@@ -32,22 +32,29 @@ class ColumnParity:
 
     def from_raster(self, x_BNC: Tensor) -> Tensor:
         """Tokens in raster order -> tokens by parity."""
-        grid = rearrange(x_BNC, "B (H W) C -> B H W C", H=self.height)
-        pairs = self.width // 2
-        parts = (grid[:, :, :pairs], grid[:, :, pairs : self.width - pairs], grid[:, :, self.width - pairs :].flip(2))
-        return self.mirror_basis(torch.cat([part.flatten(1, 2) for part in parts], dim=1))
+        grid_BHWC = x_BNC.unflatten(1, (self.height, self.width))
+        left, middle, right = grid_BHWC.split(self._column_counts, dim=2)
+        return self.mirror_basis(torch.cat([part.flatten(1, 2) for part in (left, middle, right.flip(2))], dim=1))
 
     def to_raster(self, x_BNC: Tensor) -> Tensor:
         """The inverse of `from_raster`."""
         parts = self.mirror_basis(x_BNC).split([self.num_odd, self.num_middle, self.num_odd], dim=1)
-        left, middle, right = (rearrange(part, "B (H W) C -> B H W C", H=self.height) for part in parts)
+        left, middle, right = (
+            parts[i].unflatten(1, (self.height, columns)) for i, columns in enumerate(self._column_counts)
+        )
         return torch.cat((left, middle, right.flip(2)), dim=2).flatten(1, 2)
+
+    @property
+    def _column_counts(self) -> list[int]:
+        """Numbers of columns on the left, in the middle and on the right."""
+        return [self.width // 2, self.width % 2, self.width // 2]
 
     def split(self, x_BNC: Tensor) -> ParityParts:
         """Splits a tensor into its four parts."""
         even, odd = split(x_BNC)
-        sizes = [self.num_even, self.num_odd]
-        return ParityParts(*even.split(sizes, dim=1), *odd.split(sizes, dim=1))
+        ee, eo = even.split([self.num_even, self.num_odd], dim=1)
+        oe, oo = odd.split([self.num_even, self.num_odd], dim=1)
+        return ParityParts(ee, eo, oe, oo)
 
     def join(self, parts: ParityParts) -> Tensor:
         """The inverse of `split`."""
@@ -111,12 +118,18 @@ class BiparityLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
         super().__init__()
         inner, outer = half(in_features, "in_features"), half(out_features, "out_features")
-        self.even = Linear(inner, outer, device=device, dtype=dtype)
-        self.odd = Linear(inner, outer, device=device, dtype=dtype)
+        self.even = nn.Linear(inner, outer, device=device, dtype=dtype)
+        self.odd = nn.Linear(inner, outer, device=device, dtype=dtype)
 
     def forward(self, x: ParityParts) -> ParityParts:
-        w_even, w_odd = self.even.weight, self.odd.weight
-        return ParityParts(self.even(x.ee), linear(x.eo, w_even), linear(x.oe, w_odd), self.odd(x.oo))
+        if may_use_weights(self.even, self.odd):
+            return ParityParts(
+                linear(self.even, x.ee), linear_without_bias(self.even, x.eo),
+                linear_without_bias(self.odd, x.oe), linear(self.odd, x.oo),
+            )  # fmt: skip
+        ee, eo = apply_with_and_without_bias(self.even, x.ee, x.eo)
+        oo, oe = apply_with_and_without_bias(self.odd, x.oo, x.oe)
+        return ParityParts(ee, eo, oe, oo)
 
 
 class TokenMixing(nn.Module):
@@ -132,12 +145,30 @@ class TokenMixing(nn.Module):
         self.odd = nn.Linear(columns.num_odd, columns.num_odd, device=device, dtype=dtype)
 
     def forward(self, x: ParityParts) -> ParityParts:
-        # Multiplies by the weights from the left, W x + b. nn.Linear would need a transpose before and after.
-        w_even, w_odd = (layer.weight.expand(x.ee.shape[0], -1, -1) for layer in (self.even, self.odd))
-        b_even, b_odd = self.even.bias[:, None], self.odd.bias[:, None]
-        return ParityParts(
-            torch.baddbmm(b_even, w_even, x.ee), w_odd @ x.eo, w_even @ x.oe, torch.baddbmm(b_odd, w_odd, x.oo)
-        )
+        if may_use_weights(self.even, self.odd):
+            # Multiplies by the weights from the left, W x + b, which needs no transpose before and after.
+            w_even, w_odd = (layer.weight.expand(x.ee.shape[0], -1, -1) for layer in (self.even, self.odd))
+            b_even, b_odd = self.even.bias[:, None], self.odd.bias[:, None]
+            return ParityParts(
+                torch.baddbmm(b_even, w_even, x.ee), w_odd @ x.eo, w_even @ x.oe, torch.baddbmm(b_odd, w_odd, x.oo)
+            )
+        by_channel = ParityParts(*(part.transpose(1, 2) for part in x))
+        ee, oe = apply_with_and_without_bias(self.even, by_channel.ee, by_channel.oe)
+        oo, eo = apply_with_and_without_bias(self.odd, by_channel.oo, by_channel.eo)
+        return ParityParts(*(part.transpose(1, 2) for part in (ee, eo, oe, oo)))
+
+
+def apply_with_and_without_bias(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(W x + b, W y) for a linear layer W, b, by a single call of the layer.
+
+    The layer acts on the rows of x, of y, and on a row of zeros, whose result is b. Subtracting it is right for
+    whatever is attached to the layer, such as an adapter, quantized weights or shards of the weights.
+
+    Shape: (B, N, in_features), (B, M, in_features) -> (B, N, out_features), (B, M, out_features).
+    """
+    zero = x.new_zeros((x.shape[0], 1, x.shape[2]))
+    x, y, bias = layer(torch.cat((x, y, zero), dim=1)).split([x.shape[1], y.shape[1], 1], dim=1)
+    return x, y - bias
 
 
 class BiparityMlp(nn.Module):
@@ -210,6 +241,6 @@ class FlopResBlock(nn.Module):
     def _add(self, parts: ParityParts, update: ParityParts) -> ParityParts:
         """The residual connection. Stochastic depth drops all four parts of an image's update or none."""
         if isinstance(self.drop_path, DropPath):
-            keep = self.drop_path(parts.ee.new_ones(len(parts.ee), 1, 1))
+            keep = self.drop_path(torch.ones_like(parts.ee[:, :1, :1]))
             update = ParityParts(*(keep * part for part in update))
         return ParityParts(*(part + change for part, change in zip(parts, update, strict=True)))

@@ -8,31 +8,29 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flopeq.irreps import butterfly, join, split
-from flopeq.layers.linear import FlopLinear, Halves
+from flopeq.irreps import butterfly
+from flopeq.layers.halves import Halves, call_unless_identity, from_halves, to_halves
+from flopeq.layers.linear import FlopLinear
 from flopeq.layers.norm import FlopLayerNorm
 
 
 class FlopGELU(nn.Module):
     """GELU in the regular basis, where the flop permutes features: change basis, apply GELU, change back (eq. 3).
 
-    Shape: (..., C) -> (..., C).
+    Shape: (..., C) -> (..., C); a pair of halves gives a pair.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return join(*self.on_halves(*split(x)))
-
-    def on_halves(self, even: Tensor, odd: Tensor) -> Halves:
-        """`forward` on separate halves."""
-        a, b = butterfly(even, odd)
-        return butterfly(F.gelu(a), F.gelu(b))
+    def forward(self, x: Tensor | Halves) -> Tensor | Halves:
+        a, b = butterfly(*to_halves(x))
+        return from_halves(butterfly(F.gelu(a), F.gelu(b)), like=x)
 
 
 class FlopMlp(nn.Module):
     """Two equivariant linear maps with an equivariant activation between them. It replaces timm's `Mlp`.
 
-    Shape: (..., in_features) -> (..., out_features).
-    Cost: in*hidden/2 + hidden*out/2 multiply-adds per token; `even_half` saves half of the second product.
+    Shape: (..., in_features) -> (..., out_features); a pair of halves gives a pair. With `even_only` the layer returns
+    the even half, a tensor (..., out_features/2), and leaves out the product for the odd half.
+    Cost: in*hidden/2 + hidden*out/2 multiply-adds per token; `even_only` saves half of the second product.
     """
 
     def __init__(
@@ -57,21 +55,10 @@ class FlopMlp(nn.Module):
         self.fc2 = FlopLinear(hidden_features, out_features or in_features, bias=bias, **dd)
         self.drop2 = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return join(*self.on_halves(*split(x)))
-
-    def on_halves(self, even: Tensor, odd: Tensor) -> Halves:
-        """`forward` on separate halves."""
-        even, odd = self.fc2.on_halves(*self.hidden(even, odd))
-        return self.drop2(even), self.drop2(odd)
-
-    def even_half(self, even: Tensor, odd: Tensor) -> Tensor:
-        """The even half of the result, without computing the odd half."""
-        even, _ = self.hidden(even, odd)
-        return self.drop2(self.fc2.even(even))
-
-    def hidden(self, even: Tensor, odd: Tensor) -> Halves:
-        """The features between the two linear maps."""
-        even, odd = self.act.on_halves(*self.fc1.on_halves(even, odd))
-        even, odd = self.drop1(even), self.drop1(odd)
-        return (even, odd) if isinstance(self.norm, nn.Identity) else self.norm.on_halves(even, odd)
+    def forward(self, x: Tensor | Halves, even_only: bool = False) -> Tensor | Halves:
+        even, odd = self.act(self.fc1(to_halves(x)))
+        even, odd = call_unless_identity(self.norm, (self.drop1(even), self.drop1(odd)))
+        if even_only:
+            return self.drop2(self.fc2((even, odd), even_only=True))
+        even, odd = self.fc2((even, odd))
+        return from_halves((self.drop2(even), self.drop2(odd)), like=x)

@@ -1,12 +1,13 @@
-"""Layer norm with one scale that both halves share."""
+"""Layer norm with one scale that both halves share, and LayerScale."""
 
 from __future__ import annotations
 
 import torch
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
-from flopeq.irreps import SQRT_HALF, half, join, split
-from flopeq.layers.linear import Halves
+from flopeq.irreps import SQRT_HALF, half, split
+from flopeq.layers.halves import Halves, from_halves, to_halves
 
 
 class FlopLayerNorm(nn.Module):
@@ -15,7 +16,7 @@ class FlopLayerNorm(nn.Module):
     The flop changes the norm of neither half (sec. 3.3). The layer subtracts the mean of each half, and both halves
     share one scale. As in the authors' code, eps is added before the division by 2, so its effect is eps/2.
 
-    Shape: (..., C) -> (..., C). Statistics are computed in float32 or higher precision.
+    Shape: (..., C) -> (..., C); a pair of halves gives a pair. Statistics are computed in float32 or higher precision.
     Raises: ValueError if C does not split into two halves.
     """
 
@@ -30,11 +31,8 @@ class FlopLayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return join(*self.on_halves(*split(x)))
-
-    def on_halves(self, even: Tensor, odd: Tensor) -> Halves:
-        """`forward` on separate halves."""
+    def forward(self, x: Tensor | Halves) -> Tensor | Halves:
+        even, odd = to_halves(x)
         dtype = even.dtype
         even, odd = (part.to(torch.promote_types(dtype, torch.float32)) for part in (even, odd))
         # Reusing the centered features compiles into fewer passes over them than var_mean.
@@ -42,7 +40,20 @@ class FlopLayerNorm(nn.Module):
         var_even, var_odd = (part.square().mean(-1, keepdim=True) for part in (even, odd))
         scale = 1 / (SQRT_HALF * torch.sqrt(var_even + var_odd + self.eps))
         w_even, w_odd = split(self.weight)
-        return (even * scale * w_even + self.bias).to(dtype), (odd * scale * w_odd).to(dtype)
+        even, odd = even * scale * w_even + self.bias, odd * scale * w_odd
+        return from_halves((even.to(dtype), odd.to(dtype)), like=x)
 
     def extra_repr(self) -> str:
         return f"{len(self.bias)}e+{len(self.bias)}o, eps={self.eps}"
+
+
+class FlopLayerScale(LayerScale):
+    """timm's LayerScale, y = gamma * x, which also takes separate halves.
+
+    Shape: (..., C) -> (..., C); a pair of halves gives a pair.
+    """
+
+    def forward(self, x: Tensor | Halves) -> Tensor | Halves:
+        even, odd = to_halves(x)
+        gamma_even, gamma_odd = split(self.gamma)
+        return from_halves((gamma_even * even, gamma_odd * odd), like=x)

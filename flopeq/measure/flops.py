@@ -41,6 +41,8 @@ with warnings.catch_warnings():  # fvcore scripts a loss on import, and torch wa
     from fvcore.nn import FlopCountAnalysis
     from fvcore.nn.jit_handles import get_shape
 
+from flopeq.backends.attached import ignore_hooks
+
 OpHandle = Callable[[list[Any], list[Any]], Any]
 """Function that counts an operation, given the inputs and outputs of its node in the trace."""
 
@@ -76,7 +78,7 @@ def complexity(model: nn.Module, image_size: tuple[int, int, int]) -> Complexity
 
 def count_operations(model: nn.Module, images_BCHW: torch.Tensor) -> tuple[dict[str, int], list[str]]:
     """Operations by kind, and the kinds without a stated cost, which count 1 per element of the result."""
-    with _eval_mode(model), _RecordedConvolutions():
+    with _eval_mode(model), ignore_hooks(), _RecordedConvolutions():  # fvcore's hooks name the modules
         counter = _counter(model, images_BCHW)
         counter.by_operator()
         unknown = sorted(counter.unsupported_ops())

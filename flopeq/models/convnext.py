@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from einops import rearrange
 from timm.layers import calculate_drop_path_rates
 from timm.layers.weight_init import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint, checkpoint_seq
@@ -18,10 +17,11 @@ from torch import Tensor, nn
 
 from flopeq.irreps import SQRT_HALF, change_basis, join, split
 from flopeq.layers.conv import FlopDepthwiseConv, FlopPatchConv, check_patch_width, pair
-from flopeq.layers.linear import add_residual
+from flopeq.layers.halves import add_residual
 from flopeq.layers.mlp import FlopGELU, FlopMlp
 from flopeq.layers.norm import FlopLayerNorm
 from flopeq.models.variants import (
+    BlockSequence,
     FlopHead,
     baseline_name,
     check_num_flop_blocks,
@@ -73,15 +73,16 @@ class FlopConvNeXtBlock(ConvNeXtBlock):
 
     def forward(self, x: Tensor, even_only: bool = False) -> Tensor:
         # Flattens the grid, because torch.compile saves (B, H, W, C) activations of training with rows innermost.
-        halves, update = (split(rearrange(y, "B C H W -> B (H W) C")) for y in (x, self.conv_dw(x)))
-        update = self.norm.on_halves(*update)
+        halves, update = (split(y.flatten(2).transpose(1, 2)) for y in (x, self.conv_dw(x)))
+        update = self.mlp(self.norm(update), even_only=even_only)
+        scales = None if self.gamma is None else split(self.gamma)
         if even_only:
-            y = self.mlp.even_half(*update)
-            y = y if self.gamma is None else y * split(self.gamma)[0]
-            y = halves[0] + self.drop_path(y)
+            y = halves[0] + self.drop_path(update if scales is None else scales[0] * update)
         else:
-            y = join(*add_residual(halves, self.mlp.on_halves(*update), self.gamma, self.drop_path))
-        return rearrange(y, "B (H W) C -> B C H W", H=x.shape[-2])
+            if scales is not None:
+                update = (scales[0] * update[0], scales[1] * update[1])
+            y = join(*add_residual(halves, update, self.drop_path))
+        return y.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 class BasisChangeBlock(ConvNeXtBlock):
@@ -148,7 +149,7 @@ class ConvNeXtIso(FlopHead, nn.Module):
         else:
             self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **dd)
         rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(
+        self.blocks = BlockSequence(
             *(
                 _make_block(index, num_flop_blocks, embed_dim, ls_init_value=ls_init_value, drop_path=rate, **dd)
                 for index, rate in enumerate(rates)
@@ -239,7 +240,7 @@ class ConvNeXtIso(FlopHead, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.skips_odd_half:
-            return self._classify(self.blocks[-1](self.blocks[:-1](self.stem(x)), even_only=True))
+            return self._classify(self.blocks(self.stem(x), even_only=True))
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(

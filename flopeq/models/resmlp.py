@@ -26,6 +26,7 @@ from flopeq.layers.biparity import BiparityAffine, ColumnParity, FlopResBlock
 from flopeq.layers.conv import pair
 from flopeq.layers.embed import FlopPatchEmbed
 from flopeq.models.variants import (
+    BlockSequence,
     FlopHead,
     baseline_name,
     check_head,
@@ -131,6 +132,7 @@ class FlopMlpMixer(FlopHead, MlpMixer):
             **dd,
             **{name: value for name, value in kwargs.items() if name not in REFUSED | FIXED_GRID},
         )
+        self.blocks = BlockSequence(*self.blocks)
         self.columns, self.num_flop_blocks = columns, num_flop_blocks
         self.stem = ParityPatchEmbed(img_size, patch_size, in_chans, embed_dim, columns=columns, **dd)
         equivariant = num_flop_blocks == num_blocks
@@ -163,8 +165,7 @@ class FlopMlpMixer(FlopHead, MlpMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.skips_odd_half:
-            invariants = self.blocks[-1](self.blocks[:-1](self.stem(x)), invariants_only=True)
-            return super().forward_head(self.fc_norm(invariants))
+            return super().forward_head(self.fc_norm(self.blocks(self.stem(x), invariants_only=True)))
         return super().forward(x)
 
     def forward_intermediates(

@@ -9,7 +9,9 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+from flopeq.backends.attached import has_hooks
 from flopeq.irreps import join, split
 from flopeq.registry import PREFIXES
 
@@ -37,6 +39,16 @@ def check_head(head: str, equivariant: bool) -> None:
         raise ValueError(f"head={head!r} has no effect after ordinary blocks: leave it out, or use E(X)")
 
 
+class BlockSequence(nn.Sequential):
+    """nn.Sequential that passes keyword arguments to its last block."""
+
+    def forward(self, x: Tensor, **last_block_args: Any) -> Tensor:
+        *blocks, last = self
+        for block in blocks:
+            x = block(x)
+        return last(x, **last_block_args)
+
+
 class FlopHead:
     """Mixin for timm models that gives the head of an equivariant network invariant features only.
 
@@ -46,6 +58,7 @@ class FlopHead:
 
     num_classes: int
     embed_dim: int
+    blocks: nn.Sequential
     head: nn.Module
     training: bool
 
@@ -79,9 +92,12 @@ class FlopHead:
     def skips_odd_half(self) -> bool:
         """Whether the last block skips the features that the head does not use.
 
-        It does not in training, because data parallelism needs a gradient for every parameter, even if it is zero.
+        It does not in training, because data parallelism needs a gradient for every parameter, even if it is zero. Nor
+        does it under torch.fx or with hooks in that block, which see all of its features.
         """
-        return self.equivariant and not self.append_abs_odd and not self.training
+        if self.training or not self.equivariant or self.append_abs_odd or is_fx_symbolic_tracing():
+            return False
+        return not has_hooks(*self.blocks[-1].modules())
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the classifier by a new one for `num_classes` classes; 0 removes it and keeps the pooling."""

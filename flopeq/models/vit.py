@@ -12,7 +12,7 @@ import torch
 from timm.layers import resample_patch_embed
 from timm.models import build_model_with_cfg
 from timm.models._input import update_model_input_size
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 
@@ -20,9 +20,9 @@ from flopeq.irreps import SQRT_HALF, change_basis, half, join, split
 from flopeq.layers.attention import FlopAttention
 from flopeq.layers.conv import FlopPatchConv
 from flopeq.layers.embed import FlopPatchEmbed, FlopPosEmbed
-from flopeq.layers.linear import add_residual
+from flopeq.layers.halves import add_residual, call_unless_identity
 from flopeq.layers.mlp import FlopGELU, FlopMlp
-from flopeq.layers.norm import FlopLayerNorm
+from flopeq.layers.norm import FlopLayerNorm, FlopLayerScale
 from flopeq.models.variants import (
     FlopHead,
     baseline_name,
@@ -46,22 +46,18 @@ REFUSED: dict[str, str] = dict.fromkeys(
 class FlopBlock(Block):
     """timm's block with layers that commute with the flop. Inside the block the two halves are separate tensors."""
 
-    norm1: FlopLayerNorm
-    attn: FlopAttention
-    norm2: FlopLayerNorm
-    mlp: FlopMlp
+    def __init__(self, dim: int, *args: Any, init_values: float | None = None, device=None, dtype=None, **kwargs: Any):
+        super().__init__(dim, *args, init_values=init_values, device=device, dtype=dtype, **kwargs)
+        if init_values:
+            self.ls1 = FlopLayerScale(dim, init_values, device=device, dtype=dtype)
+            self.ls2 = FlopLayerScale(dim, init_values, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         halves = split(x)
-        update = self.attn.on_halves(*self.norm1.on_halves(*halves), attn_mask=attn_mask, is_causal=is_causal)
-        halves = add_residual(halves, update, get_layer_scale(self.ls1), self.drop_path1)
-        update = self.mlp.on_halves(*self.norm2.on_halves(*halves))
-        return join(*add_residual(halves, update, get_layer_scale(self.ls2), self.drop_path2))
-
-
-def get_layer_scale(layer: nn.Module) -> Tensor | None:
-    """The vector of timm's LayerScale, or None for nn.Identity."""
-    return layer.gamma if isinstance(layer, LayerScale) else None
+        update = self.attn(self.norm1(halves), attn_mask=attn_mask, is_causal=is_causal)
+        halves = add_residual(halves, call_unless_identity(self.ls1, update), self.drop_path1)
+        update = self.mlp(self.norm2(halves))
+        return join(*add_residual(halves, call_unless_identity(self.ls2, update), self.drop_path2))
 
 
 class BasisChangeBlock(Block):

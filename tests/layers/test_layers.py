@@ -24,12 +24,13 @@ from flopeq.layers.biparity import (
     FlopResBlock,
     ParityParts,
     TokenMixing,
+    apply_with_and_without_bias,
 )
 from flopeq.layers.conv import FlopDepthwiseConv, FlopPatchConv, mirror_kernel
 from flopeq.layers.embed import FlopPatchEmbed, FlopPosEmbed
 from flopeq.layers.linear import FlopLinear
 from flopeq.layers.mlp import FlopGELU, FlopMlp
-from flopeq.layers.norm import FlopLayerNorm
+from flopeq.layers.norm import FlopLayerNorm, FlopLayerScale
 from flopeq.models.convnext import FlopConvNeXtBlock
 from flopeq.models.vit import _make_block
 from flopeq.testing import relative_error
@@ -78,10 +79,13 @@ def test_linear_commutes_and_equals_its_dense_twin(inner: int, outer: int) -> No
     torch.testing.assert_close(layer(x), F.linear(x, dense, bias))
 
 
-def test_a_constant_odd_bias_breaks_the_flop() -> None:
+def test_a_constant_odd_bias_breaks_the_flop_and_is_refused(monkeypatch) -> None:
     layer = drawn(FlopLinear(4, 4))
     layer.odd.bias = nn.Parameter(torch.ones(2, dtype=torch.float64))
     x = features(3, 4)
+    with pytest.raises(ValueError, match="odd features has a bias, 'bias'"):
+        layer(x)
+    monkeypatch.setattr("flopeq.layers.linear.check_no_bias", lambda odd: None)
     assert relative_error(layer(flop(x)), flop(layer(x))) > 1e-3
 
 
@@ -270,6 +274,31 @@ def test_layers_of_two_parities_commute(layer: type[nn.Module], grid: tuple[int,
 
     x = features(2, grid[0] * grid[1], 8)
     assert_commutes(on_tensors, x, lambda x: columns.join(flop_parts(columns.split(x))))
+
+
+def test_one_call_of_a_layer_gives_products_with_and_without_its_bias() -> None:
+    layer = drawn(nn.Linear(5, 7))
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    x, y = features(2, 3, 5), features(2, 4, 5)
+    for first, second in ((x, y), (x[:, :0], y), (x, y[:, :0])):
+        with_bias, without = apply_with_and_without_bias(layer, first, second)
+        torch.testing.assert_close(with_bias, F.linear(first, layer.weight, layer.bias))
+        torch.testing.assert_close(without, F.linear(second, layer.weight))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("make", [
+    lambda: FlopLinear(8, 12), lambda: FlopMlp(8, 16, norm_layer=FlopLayerNorm), lambda: FlopAttention(8, 2),
+    lambda: FlopLayerNorm(8), lambda: FlopLayerScale(8, 0.5), FlopGELU,
+])  # fmt: skip
+def test_a_pair_of_halves_gives_a_pair(make) -> None:
+    layer, x = drawn(make()), features(2, 6, 8)
+    pair = layer(split(x))
+    assert isinstance(pair, tuple)
+    torch.testing.assert_close(join(*pair), layer(x))
+    if isinstance(layer, FlopLinear | FlopMlp):
+        torch.testing.assert_close(layer(x, even_only=True), pair[0])
 
 
 def test_token_mixing_equals_a_dense_matrix_that_commutes_with_the_mirror() -> None:
