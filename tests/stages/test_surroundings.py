@@ -137,7 +137,7 @@ def test_a_path_with_which_ray_starts_workers_is_accepted(name, monkeypatch):
         ("file:///tmp/mlruns", "no longer writes to folders"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
-        ("sqlite:////proc/mlflow.db", "cannot be written"),
+        ("sqlite:////etc/passwd/mlflow.db", "cannot be written"),
         ("http://127.0.0.1:{port}", "does not answer"),
         ("https://127.0.0.1:{port}/mlflow/", "does not answer"),
         ("postgresql+psycopg2://me:secret@127.0.0.1:{port}/mlflow", "//127.0.0.1.* does not answer"),
@@ -201,7 +201,7 @@ def test_a_relative_database_is_that_of_the_driver(tmp_path, monkeypatch):
 
 
 def test_repro_needs_git_or_a_setting_of_dvc(folder):
-    with pytest.raises(ConfigError, match="is no git repository, .*git init .* dvc config --local core.no_scm true"):
+    with pytest.raises(ConfigError, match="is no git repository, .*git init .*dvc config --local core.no_scm true"):
         repro.check_git()
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
     repro.check_git()
