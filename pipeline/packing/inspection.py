@@ -26,6 +26,8 @@ _HEAD_BYTES = 4096  # Exif data starts in the first bytes: only a JFIF segment c
 
 _COLORSPACE_ISSUES = {"Gray": "grayscale", "CMYK": "cmyk", "YCCK": "cmyk"}
 
+_MAX_JPEG_SIDE = 65535  # pixels
+
 
 class ImageIssues(NamedTuple):
     """Issues of an image that is not a plain color JPEG."""
@@ -60,6 +62,8 @@ def inspect_image(content: bytes | memoryview) -> ImageIssues | None:
 def _reencode(content: bytes | memoryview) -> ImageIssues:
     """Converts an image of another format to an RGB JPEG."""
     image, image_format = decode_with_pil(content)
+    if max(image.size) > _MAX_JPEG_SIDE:
+        raise BadImageError(f"{image.width} x {image.height} pixels, and a JPEG has at most {_MAX_JPEG_SIDE} a side")
     file = io.BytesIO()
     image.save(file, "JPEG", quality=QUALITY)
     return ImageIssues((image_format.lower(),), file.getvalue())

@@ -98,6 +98,13 @@ def test_other_formats_that_are_cut_are_bad(kind):
         inspection.inspect_image(content[: len(content) // 2])
 
 
+def test_an_image_larger_than_a_jpeg_may_be_is_refused():
+    content = io.BytesIO()
+    Image.new("L", (1, 65536)).save(content, "PNG")
+    with pytest.raises(BadImageError, match="1 x 65536 pixels, and a JPEG has at most 65535"):
+        inspection.inspect_image(content.getvalue())
+
+
 @given(kind=st.sampled_from(["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"]), seed=st.integers(0, 10**6))
 def test_altered_bytes_make_a_bad_image_or_none_but_no_other_error(kind, seed):
     rng = np.random.default_rng(seed)

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,8 @@ def test_an_altered_shard_is_told_as_it_is_cached(url, tmp_path):
     put(url, **{NAMES[1]: bytes(altered)})
     shards = with_cache(url, tmp_path / "cache", 4)
     shards.check()
-    shards.read(NAMES[0], 0, 1)
+    with suppress(ShardError):  # if it is cached already
+        shards.read(NAMES[0], 0, 1)
     shards._reader.filler.join()
     expected = SHARDS[NAMES[1]]["xxh3"]
     with pytest.raises(ShardError, match=rf"{NAMES[1]} does not match its manifest \(xxh3 .*, not {expected}\)"):

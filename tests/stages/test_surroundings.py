@@ -95,7 +95,7 @@ def test_the_longest_temporary_folder_is_that_of_rays_own_limit(monkeypatch):
 
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     limit = next(n for n in range(1, 107) if fails(validate_socket_filepath, "a" * n + cluster._SOCKET_PATH)) - 1
-    assert limit == 39
+    assert limit == 26
     monkeypatch.setenv("TMPDIR", "a" * limit)
     cluster.check_ray()
     monkeypatch.setenv("TMPDIR", "ü" * (limit // 2 + 1))  # bytes count
