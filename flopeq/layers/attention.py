@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
+from torch.fx.node import has_side_effect
 
 from flopeq.irreps import join, split
 from flopeq.layers.halves import Halves, call_unless_identity, from_halves, to_halves
 from flopeq.layers.linear import FlopLinear
 from flopeq.layers.norm import FlopLayerNorm
+
+
+@has_side_effect
+@torch.fx.wrap
+def check_not_causal(is_causal: bool) -> None:
+    """Raises ValueError for a causal mask."""
+    if is_causal:
+        raise ValueError("a causal mask distinguishes left from right: such attention does not commute with the flop")
 
 
 class FlopAttention(nn.Module):
@@ -58,10 +68,7 @@ class FlopAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor | Halves, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Halves:
-        if is_causal:
-            raise ValueError(
-                "a causal mask distinguishes left from right: such attention does not commute with the flop"
-            )
+        check_not_causal(is_causal)
         even, odd = (part.unflatten(-1, (3, self.num_heads, -1)) for part in self.qkv(to_halves(x)))
         q_even, k_even, v_even = even.unbind(2)
         q_odd, k_odd, v_odd = odd.unbind(2)

@@ -98,7 +98,7 @@ def test_the_longest_temporary_folder_is_that_of_rays_own_limit(monkeypatch):
     assert limit == 26
     monkeypatch.setenv("TMPDIR", "a" * limit)
     cluster.check_ray()
-    monkeypatch.setenv("TMPDIR", "ü" * (limit // 2 + 1))  # bytes count
+    monkeypatch.setenv("TMPDIR", "ü" * (limit // 2) + "a")  # bytes count
     with pytest.raises(cluster.ClusterError, match="is 1 bytes too long"):
         cluster.check_ray()
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # takes precedence
