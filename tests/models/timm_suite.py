@@ -50,5 +50,6 @@ def _as_tuple(words: str | Sequence[str]) -> tuple[str, ...]:
     return (words,) if isinstance(words, str) else tuple(words)
 
 
-timm.list_models = list_ours
-timm.list_pretrained = lambda *args, **kwargs: []
+def pytest_configure() -> None:
+    timm.list_models = list_ours
+    timm.list_pretrained = lambda *args, **kwargs: []
