@@ -176,7 +176,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster,
     caplog.set_level(logging.INFO, "pipeline")
     wait, expected = pause_settings("kill the driver"), reference_run(1)
     prepare_trial(**wait)
-    alone = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    alone = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
     with start("tests.training.paused_training", "vit", env=alone) as driver:  # with a cluster of its own
         wait_until_paused(driver)
         [process] = [process for process in psutil.Process().children() if process.pid == driver.pid]
