@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -150,23 +150,35 @@ def _start_local_cluster(cpus: int) -> str:
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
+    name, value = _OMP_PASSIVE
     # Some processes of Ray look up the cluster in this folder, which clusters of one machine share by default. In the
     # folder of another cluster, Ray Train would find no sign of a training and end it.
-    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
-    name, value = _OMP_PASSIVE
-    if set_here := name not in os.environ:
-        os.environ[name] = value
-    ray.init(
-        address="local",
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,  # the driver logs what matters; the rest is in Ray's own log files
-        logging_level=logging.WARNING,
-    )
-    if set_here:
-        del os.environ[name]
+    folder = tempfile.mkdtemp(prefix="ray-", dir=_ray_temp_dir()[1])
+    with _variables({name: os.environ.get(name, value), "RAY_TMPDIR": folder}):  # which Ray's processes inherit
+        ray.init(
+            address="local",
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,  # the driver logs what matters; the rest is in Ray's own log files
+            logging_level=logging.WARNING,
+        )
     return ray.get_runtime_context().gcs_address
+
+
+@contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables within the context."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def check_ray() -> None:

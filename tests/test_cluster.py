@@ -165,8 +165,8 @@ def test_each_local_cluster_has_a_folder_of_its_own(tmp_path, monkeypatch):
         get_runtime_context=lambda: SimpleNamespace(gcs_address="127.0.0.1:1"),
     )
     monkeypatch.setitem(sys.modules, "ray", ray)
-    for _ in range(2):
-        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    for _ in range(2):  # the second is not in the folder of the first
         cluster._start_local_cluster(cpus=1)
     assert len(set(folders)) == 2 and {folder.parent for folder in folders} == {tmp_path}
 

@@ -228,4 +228,5 @@ def test_every_module_can_be_reloaded() -> None:
         "import flopeq, importlib, sys, warnings; warnings.simplefilter('ignore')\n"
         "for name in [name for name in sys.modules if name.startswith('flopeq')]: importlib.reload(sys.modules[name])"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
