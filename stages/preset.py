@@ -37,7 +37,7 @@ def run(name: str, source: str | None = None) -> None:
         content = re.sub(r"^  source:.*$", lambda _: line, content, flags=re.MULTILINE)
     wanted = parse_yaml(content, str(presets[name]))
     before = read_yaml(PARAMS) if PARAMS.is_file() else None
-    if before is not None and seeds.without_seed_runs(before) == wanted:
+    if before is not None and _without_added_seeds(before, wanted) == wanted:
         return
     restore = f"`git checkout {PARAMS}` restores the committed version"
     if before is not None and not _is_preset(before, presets.values()):
@@ -58,7 +58,12 @@ def _is_preset(params: Any, presets: Iterable[Path]) -> bool:
     def comparable(content: Any) -> Any:
         return {**content, "data": {**content["data"], "source": None}}
 
-    return any(comparable(seeds.without_seed_runs(params)) == comparable(read_yaml(path)) for path in presets)
+    contents = map(read_yaml, presets)
+    return any(comparable(_without_added_seeds(params, preset)) == comparable(preset) for preset in contents)
+
+
+def _without_added_seeds(params: Any, preset: Any) -> Any:
+    return seeds.without_seed_runs(params, keep=preset["models"])
 
 
 def _back_up() -> None:

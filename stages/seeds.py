@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,11 @@ def add_seeds(run_names: Sequence[str], new_seeds: Sequence[int]) -> list[str]:
     return found
 
 
-def without_seed_runs(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of a params.yaml without the runs that `add_seeds` added."""
+def without_seed_runs(params: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
+    """Returns the content of a params.yaml without the runs that `add_seeds` added, except for the runs to keep."""
     models = params["models"]
-    return {**params, "models": {name: run for name, run in models.items() if not _is_seed_run(name, run, models)}}
+    kept = {name: run for name, run in models.items() if name in keep or not _is_seed_run(name, run, models)}
+    return {**params, "models": kept}
 
 
 def _is_seed_run(name: str, run: Any, models: Mapping[str, Any]) -> bool:

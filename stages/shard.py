@@ -24,6 +24,7 @@ def run() -> None:
         images_per_shard=data.images_per_shard,
         seed=experiment.seed,
         labels=data.labels,
+        class_names=data.class_names,
         on_bad_image=data.on_bad_image,
     )
     os.sync()

@@ -21,11 +21,16 @@ class Data(Section):
     """Name of the data set. Its shards are written to `data/shards/<name>`."""
     source: str
     """Path of the images: a folder with ImageNet's archives, Kaggle's folder or zip, a folder tree
-    `{train,val}/<class>/*`, or a folder or fsspec URL with existing WebDataset shards. Relative paths start at the
-    root of the repository."""
+    `{train,val}/<class>/*`, a folder with IDX files (the MNIST family), or a folder or fsspec URL with existing
+    WebDataset shards. Relative paths start at the root of the repository."""
+    source_hint: str | None = None
+    """How to get the images. It ends the error about a missing `source`."""
     labels: Literal["own", "imagenet"]
     """How to number the classes: `own` uses 0 to n-1 in the order of the class names, `imagenet` uses the indices of
     ImageNet's 1,000 classes."""
+    class_names: tuple[str, ...] | None
+    """Names of the classes of IDX files, in the order of the labels. None uses Fashion-MNIST's if the labels are its
+    own, and otherwise the labels."""
     on_bad_image: Literal["error", "skip"]
     """How to treat an image that cannot be decoded: `error` stops the sharding, `skip` leaves the image out and lists
     it in the manifest."""

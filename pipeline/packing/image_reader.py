@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.base.errors import SourceError
-from pipeline.packing.sources.listing import DEFLATED, NOT_ZIPPED
+from pipeline.packing.sources import idx
+from pipeline.packing.sources.listing import DEFLATED, GREY_PIXELS, NOT_ZIPPED
 
 _PREFETCH_BYTES = 64 << 20  # size of a prefetch window; at most two windows are in flight
 
@@ -70,6 +71,9 @@ class ImageReader:
 
         Raises: SourceError, naming the file, if the file is damaged or has changed since it was listed.
         """
+        if location.compression == GREY_PIXELS:
+            self._read_pixels(location, buffer)
+            return
         try:
             if location.file != self._file:
                 self._close()
@@ -80,6 +84,14 @@ class ImageReader:
                 self._read_zip_member(location, buffer)
         except OSError as error:
             raise SourceError(f"{self.root / location.file} cannot be read: {error.strerror}") from None
+
+    def _read_pixels(self, location: ImageLocation, buffer: memoryview) -> None:
+        images_NHW = idx.read_idx(self.root / location.file, "images")
+        header = idx.pgm_header(*images_NHW.shape[1:])
+        pixels = images_NHW.reshape(-1)[location.offset : location.offset + location.stored_size]
+        if len(header) + len(pixels) != location.size:
+            raise SourceError(f"{self.root / location.file} has changed since it was listed")
+        buffer[:] = header + pixels.tobytes()
 
     def _read_zip_member(self, location: ImageLocation, buffer: memoryview) -> None:
         header = bytearray(_ZIP_HEADER.size)
@@ -116,7 +128,9 @@ class ImageReader:
         """Asks the system to read the images ahead, in the order of their position on disk. Does not wait."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        sorted_locations = sorted(locations)
+        sorted_locations = sorted(location for location in locations if location.compression != GREY_PIXELS)
+        if not sorted_locations:
+            return
         step = -(-len(sorted_locations) // _PREFETCH_THREADS)
         files = {location.file for location in locations}
         if len(files) == 1:

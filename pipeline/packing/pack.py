@@ -17,6 +17,7 @@ import csv
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -47,17 +48,19 @@ def pack_source(
     images_per_shard: int,
     seed: int,
     labels: str = "own",
+    class_names: Sequence[str] | None = None,
     on_bad_image: str = "error",
     in_process: bool | None = None,
 ) -> Manifest:
     """Packs the images at `source` into shards in `out`. Existing shards are only indexed.
 
     Args:
+        class_names: names of the classes of IDX files, as data.class_names.
         on_bad_image: `error` or `skip`.
         in_process: whether to write all shards in this process instead of Ray tasks. None decides by the total size.
     Raises: SourceError, ShardError, ClusterError; see `pack_listing`.
     """
-    detected = detect_source(source)
+    detected = detect_source(source, class_names)
     if isinstance(detected, ExistingShards):
         from pipeline.packing import indexing  # imported only when it is needed
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from pipeline.base.errors import SourceError
 from pipeline.base.images import IMAGE_SUFFIXES, is_system_file
-from pipeline.packing.sources import archives, kaggle
+from pipeline.packing.sources import archives, idx, kaggle
 from pipeline.packing.sources.archives import Archives
 from pipeline.packing.sources.folder import FolderTree
+from pipeline.packing.sources.idx import IdxFiles
 from pipeline.packing.sources.kaggle import KaggleFolder, KaggleZip
 from pipeline.packing.sources.listing import DEFLATED, IMAGES_SCHEMA, NOT_ZIPPED, STORED, Listing, format_names
 from pipeline.shards import locations, store
@@ -40,7 +42,7 @@ class Source(Protocol):
     """A source of images in one of the supported layouts."""
 
     layout: ClassVar[str]
-    """Name of the layout: "the official archives", "Kaggle's folder", "Kaggle's zip" or "a folder tree"."""
+    """Name of the layout, such as "the official archives" or "a folder tree"."""
 
     @property
     def root(self) -> Path:
@@ -70,11 +72,23 @@ class ExistingShards:
         return [(name, size) for name, size in sizes.items() if name.endswith(".tar") or name == "manifest.json"]
 
 
-def detect_source(source: str) -> Source | ExistingShards:
+def detect_source(source: str, class_names: Sequence[str] | None = None) -> Source | ExistingShards:
     """Detects the layout of `source` without listing its images.
 
-    Raises: SourceError, with what was expected and what was found.
+    Raises: SourceError, with what was expected and what was found; or if there are class names for a layout that names
+        its classes itself.
     """
+    found = _detect_source(source)
+    if class_names is None:
+        return found
+    if not isinstance(found, IdxFiles):
+        raise SourceError(
+            f"data.class_names is for IDX files, and {source}, {found.layout}, names its classes: remove it"
+        )
+    return replace(found, class_names=class_names)
+
+
+def _detect_source(source: str) -> Source | ExistingShards:
     if store.is_url(source):
         return ExistingShards(source)
     path = Path(source).expanduser()
@@ -94,8 +108,8 @@ def detect_source(source: str) -> Source | ExistingShards:
 _LAYOUTS_HINT = (
     "Set data.source in params.yaml to one of: a folder with train/<class>/ and val/<class>/; a folder with "
     f"{', '.join(archives.REQUIRED_FILES)}; Kaggle's zip, or the folder into which it was extracted; "
-    f"a folder or URL with "
-    "WebDataset shards, *train*.tar and *val*.tar"
+    f"a folder with IDX files such as t10k-images-idx3-ubyte.gz; "
+    f"a folder or URL with WebDataset shards, *train*.tar and *val*.tar"
 )
 
 
@@ -104,6 +118,8 @@ def _detect_file(path: Path) -> Source:
         return KaggleZip(path)
     if path.name in archives.REQUIRED_FILES:
         raise SourceError(f"{path} is one of ImageNet's archives: set data.source to its folder, {path.parent}")
+    if idx.is_idx_file(path.name):
+        raise SourceError(f"{path} is one of four IDX files: set data.source to its folder, {path.parent}")
     raise SourceError(
         f"{path} is a file of an unsupported kind: extract it, and set data.source to the "
         f"folder that contains train and val"
@@ -118,6 +134,8 @@ def _detect_folder(path: Path) -> Source | ExistingShards | None:
         return KaggleFolder(path)
     if any((path / split).is_dir() for split in SPLITS):
         return FolderTree(path)
+    if any(map(idx.is_idx_file, names)):
+        return IdxFiles(path)
     tars = [name for name in names if name.endswith(".tar")]
     if "manifest.json" in names or all(any(split in name for name in tars) for split in SPLITS):
         return ExistingShards(str(path))

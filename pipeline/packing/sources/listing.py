@@ -22,18 +22,24 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-NOT_ZIPPED, STORED, DEFLATED = 0, 1, 2
-"""How an image is stored in its file: directly, or as a stored or deflated member of a zip."""
+NOT_ZIPPED, STORED, DEFLATED, GREY_PIXELS = 0, 1, 2, 3
+"""How an image is stored in its file: directly, as a stored or deflated member of a zip, or as its pixels alone."""
 
 IMAGES_SCHEMA = pa.schema(
     [
         ("name", pa.string()),  # `<split>/<class>/<file>`, the same in every layout; rows are sorted by it
         ("label", pa.int64()),
         ("file", pa.string()),  # the file that holds the image, relative to the source's root
-        ("offset", pa.int64()),  # of the image in that file, or of its local header in a zip, in bytes
+        (
+            "offset",
+            pa.int64(),
+        ),  # in bytes, of the image in that file, of its local header in a zip, or in IDX pixels
         ("size", pa.int64()),  # of the image, bytes
-        ("stored_size", pa.int64()),  # its size in the file, in bytes: less than `size` if deflated
-        ("compression", pa.int8()),  # NOT_ZIPPED, STORED or DEFLATED
+        (
+            "stored_size",
+            pa.int64(),
+        ),  # its size in the file, in bytes: other than `size` if deflated or pixels alone
+        ("compression", pa.int8()),  # NOT_ZIPPED, STORED, DEFLATED or GREY_PIXELS
     ]
 )
 
