@@ -87,11 +87,12 @@ class ImageReader:
 
     def _read_pixels(self, location: ImageLocation, buffer: memoryview) -> None:
         images_NHW = idx.read_idx(self.root / location.file, "images")
-        header = idx.pgm_header(*images_NHW.shape[1:])
-        pixels = images_NHW.reshape(-1)[location.offset : location.offset + location.stored_size]
-        if len(header) + len(pixels) != location.size:
+        _, height, width = images_NHW.shape
+        pgm = idx.pgm_header(height, width)
+        pgm += images_NHW.reshape(-1)[location.offset : location.offset + height * width].tobytes()
+        if len(pgm) != location.size or location.stored_size != height * width:
             raise SourceError(f"{self.root / location.file} has changed since it was listed")
-        buffer[:] = header + pixels.tobytes()
+        buffer[:] = pgm
 
     def _read_zip_member(self, location: ImageLocation, buffer: memoryview) -> None:
         header = bytearray(_ZIP_HEADER.size)

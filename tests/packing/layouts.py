@@ -11,8 +11,10 @@ pipeline.packing.sources give them.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -219,6 +221,27 @@ def shards(
                     add_file(tar, f"{key}.{suffix}", images[name])
                     add_file(tar, f"{key}.json", json.dumps(notes).encode())
     return folder
+
+
+def idx_files(
+    images: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], folder: Path, suffix: str = ""
+) -> Path:
+    """The four IDX files: `images` (num, height, width) and `labels` (num,) of `train` and `val`, uint8.
+
+    With the suffix `.gz`, they are compressed.
+    """
+    folder.mkdir(parents=True)
+    for split, prefix in (("train", "train"), ("val", "t10k")):
+        for kind, values in (("images-idx3", images[split]), ("labels-idx1", labels[split])):
+            content = idx_content(values)
+            path = folder / f"{prefix}-{kind}-ubyte{suffix}"
+            path.write_bytes(gzip.compress(content) if suffix == ".gz" else content)
+    return folder
+
+
+def idx_content(values: np.ndarray) -> bytes:
+    """An IDX file: two zeros, 8 for bytes, the number of axes, the size of each axis, the values."""
+    return bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
 
 
 LAYOUTS: dict[str, Callable[[Images, Path], Path]] = {

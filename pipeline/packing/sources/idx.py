@@ -114,8 +114,7 @@ class IdxFiles:
         return replace(listing, classes=self._name_classes(found, labels_of["val"]))
 
     def _name_classes(self, found: Sequence[int], val_labels: np.ndarray) -> list[str]:
-        digest = hashlib.sha256(val_labels.tobytes()).hexdigest()[:16]
-        names = self.class_names or _KNOWN_CLASSES.get(digest) or [str(label) for label in found]
+        names = self.class_names or _KNOWN_CLASSES.get(_hash_labels(val_labels)) or [str(label) for label in found]
         if len(names) != len(found):
             raise SourceError(
                 f"data.class_names has {len(names)} names, and {self._find('train', 'labels')} has {len(found)} "
@@ -165,11 +164,12 @@ def read_idx(path: Path, kind: str) -> np.ndarray:
             f"{path} is not an IDX file of {kind}: it starts with {magic.hex(' ') or 'nothing'} instead of "
             f"{expected.hex(' ')}" + (f", as a file of {found} does: rename it" if found else f": {_COPY_AGAIN}")
         )
+    if len(content) < header_size:
+        raise SourceError(f"{path} ends within its header, after {len(content)} bytes: {_COPY_AGAIN}")
     shape = tuple(np.frombuffer(content[4:header_size].tobytes(), ">u4").tolist())
-    if len(shape) < axes or len(content) != header_size + math.prod(shape):
-        expected_size = f"{header_size + math.prod(shape):,}" if len(shape) == axes else f"at least {header_size}"
+    if len(content) != (expected_size := header_size + math.prod(shape)):
         raise SourceError(
-            f"{path} has {len(content):,} bytes instead of {expected_size}, by its own header: {_COPY_AGAIN}"
+            f"{path} has {len(content):,} bytes instead of {expected_size:,}, by its own header: {_COPY_AGAIN}"
         )
     return content[header_size:].reshape(shape)
 
@@ -177,6 +177,10 @@ def read_idx(path: Path, kind: str) -> np.ndarray:
 def pgm_header(height: int, width: int) -> bytes:
     """Returns what turns height * width bytes into a PGM: https://netpbm.sourceforge.net/doc/pgm.html."""
     return f"P5 {width} {height} 255\n".encode()
+
+
+def _hash_labels(labels_N: np.ndarray) -> str:
+    return hashlib.sha256(labels_N.tobytes()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=1)
