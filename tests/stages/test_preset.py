@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.base import config
 from pipeline.base.errors import ConfigError
-from stages import preset
+from stages import preset, seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +40,24 @@ def test_preset_becomes_the_experiment_with_its_source(clone):
     assert config.load_experiment().data.source == "s3://bucket/shards"
     preset.run("imagenette")
     assert Path("params.yaml").read_bytes() == Path("presets/imagenette.yaml").read_bytes()
+
+
+def test_a_preset_with_seeds_is_taken_again_and_keeps_added_ones(clone):
+    preset.run("fashion")
+    assert "e-vit-seed2" in config.load_experiment().models
+    seeds.add_seeds(["e-vit"], [3])
+    preset.run("fashion")
+    assert {"e-vit-seed2", "e-vit-seed3"} <= config.load_experiment().models.keys()
+    preset.run("imagenette")
+    assert "e-vit-seed2" not in config.load_experiment().models
+
+
+def test_a_preset_without_one_of_its_seeds_has_changes(clone):
+    params = Path("presets/fashion.yaml").read_text()
+    entry = params[params.index("  vit-seed1:") : params.index("  vit-seed2:")]
+    Path("params.yaml").write_text(params.replace(entry, ""))
+    with pytest.raises(ConfigError, match="commit or move them first"):
+        preset.run("imagenette")
 
 
 def test_changes_of_ones_own_are_not_overwritten(clone):
