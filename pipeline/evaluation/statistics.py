@@ -1,6 +1,7 @@
 """95 % intervals of accuracies and of their differences, and the verdict that an interval allows.
 
-Legend: S seeds, N images. Every function takes hits as boolean or as numbers, and returns fractions, not percent.
+Legend: S seeds, N images. Hits are boolean; whether a network's most likely class of an image is its label. Results
+are fractions, not percent.
 """
 
 from __future__ import annotations
@@ -91,26 +92,27 @@ def judge(difference: Interval) -> Verdict:
     return "worse" if difference.high < 0 else "cannot be told apart"
 
 
-def _as_matrix(hits: ArrayLike) -> NDArray[np.float64]:
-    values = np.asarray(hits, np.float64)
+def _as_matrix(hits: ArrayLike) -> NDArray[np.bool_]:
+    values = np.asarray(hits, bool)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"expected shape (seeds, images), got {values.shape}")
     return values
 
 
-def _resample_images(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
+def _resample_images(hits: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.float64]:
     """Returns the mean of each row in each draw of columns, shape (draws, rows).
 
     Equal columns are drawn as one: the number of times that each occurs in a draw is multinomial. Hits of S rows have
     at most 2^S different columns, so that a draw of 10,000 images costs no more than one of 100.
     """
-    num_images = values.shape[1]
-    columns, counts = np.unique(values, axis=1, return_counts=True)
+    num_images = hits.shape[1]
+    _, first, counts = np.unique(np.packbits(hits, axis=0), axis=1, return_index=True, return_counts=True)
+    columns = hits[:, first].T
     per_chunk = max(1, _MAX_WEIGHTS // len(counts))
     return (
         np.concatenate(
             [
-                rng.multinomial(num_images, counts / num_images, size=min(per_chunk, NUM_DRAWS - start)) @ columns.T
+                rng.multinomial(num_images, counts / num_images, size=min(per_chunk, NUM_DRAWS - start)) @ columns
                 for start in range(0, NUM_DRAWS, per_chunk)
             ]
         )
