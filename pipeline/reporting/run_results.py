@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from flopeq.measure.paper import Table1Row, strip_size, table1
 from flopeq.registry import describe
 from pipeline.base.config import Experiment
 from pipeline.base.files import read_json
+from pipeline.reporting.speed import Quartiles, quartiles_of, ratios_of_passes, with_quartiles
 
 METRIC_NAMES = (
     "val/top1_pct",
@@ -71,8 +73,8 @@ class RunResult:
     """For E and H: the run of X of the same size and arguments; of several, nearest in recipe and seed."""
     run_info: Mapping[str, Any]
     """The content of run.json."""
-    throughput_ratio: float | None = None
-    """Images per second over the baseline's."""
+    throughput_ratios: tuple[float, ...] = ()
+    """Images per second over the baseline's, for each pair of neighbouring passes."""
     flop_ratio: float | None = None
     """The baseline's FLOPs over this run's."""
 
@@ -92,6 +94,24 @@ class RunResult:
     @property
     def img_per_s(self) -> float | None:
         return self.throughput.get("img_per_s")
+
+    @property
+    def throughput_quartiles(self) -> Quartiles | None:
+        """Images per second."""
+        if self.img_per_s is None:
+            return None
+        first, third = self.throughput["img_per_s_quartiles"]
+        return Quartiles(first, self.img_per_s, third)
+
+    @property
+    def ms_per_img(self) -> list[float]:
+        """Milliseconds per image of each timed pass."""
+        return [1000 * seconds / self.throughput["batch_size"] for seconds in self.throughput.get("pass_s", ())]
+
+    @property
+    def throughput_ratio(self) -> float | None:
+        """Median of `throughput_ratios`."""
+        return statistics.median(self.throughput_ratios) if self.throughput_ratios else None
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -121,9 +141,9 @@ class RunResult:
             "complexity/params_m": self.params and self.params / 1e6,
             "complexity/gflops": self.flops and self.flops / 1e9,
             "complexity/gmacs": self.macs and self.macs / 1e9,
-            "perf/forward_img_per_s": self.img_per_s,
+            **with_quartiles("perf/forward_img_per_s", self.throughput_quartiles),
             "perf/peak_mem_mb": self.throughput.get("peak_mem_mb"),
-            "perf/throughput_ratio": self.throughput_ratio,
+            **with_quartiles("perf/throughput_ratio", quartiles_of(self.throughput_ratios)),
             "complexity/flop_ratio": self.flop_ratio,
             "perf/share": self.share,
         }
@@ -242,11 +262,9 @@ def _shape_args(args: Mapping[str, Any]) -> dict[str, Any]:
 def _add_ratios(result: RunResult, baseline: RunResult | None) -> RunResult:
     if baseline is None:
         return result
-    conditions = ("device", "dtype", "batch_size", "compiled")
-    same_conditions = all(result.throughput.get(key) == baseline.throughput.get(key) for key in conditions)
     return replace(
         result,
-        throughput_ratio=_ratio(result.img_per_s, baseline.img_per_s) if same_conditions else None,
+        throughput_ratios=ratios_of_passes(result.throughput, baseline.throughput),
         flop_ratio=_ratio(baseline.flops, result.flops),
     )
 
