@@ -21,7 +21,7 @@ from pipeline.base.config import Experiment
 from pipeline.base.errors import ConfigError
 from pipeline.base.files import write_json
 from pipeline.base.schema import Recipe
-from pipeline.evaluation import validation_sets, weights
+from pipeline.evaluation import predictions, statistics, validation_sets, weights
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
 from pipeline.training import loop, recipe
@@ -30,11 +30,14 @@ BATCH_SIZE = 256
 
 MIN_TIMES_CHANCE = 3  # below this multiple of chance level, a model has learned nothing
 
+TOP1_BOUNDS = ("val/top1_low_pct", "val/top1_high_pct")
+"""Metrics that bound `val/top1_pct`."""
+
 Metrics = dict[str, float | bool]
 
 
 def evaluate_run(experiment: Experiment, run_name: str, outputs: Path = Path("outputs")) -> Metrics:
-    """Evaluates a trained run, writes outputs/<run>/metrics.json, and logs the metrics to its MLflow run.
+    """Evaluates a trained run, writes its metrics.json and predictions.parquet, and logs the metrics to its MLflow run.
 
     The metrics are those of `evaluate_model`, for the best plain weights and, if the recipe has a moving average, for
     the best averaged weights. `converged` says whether the loss stayed finite to the last epoch and top-1 is well above
@@ -56,15 +59,24 @@ def evaluate_run(experiment: Experiment, run_name: str, outputs: Path = Path("ou
         return model
 
     ema = None if recipe_.ema_decay is None else load_model("weights_ema.safetensors")
-    measured = evaluate_model(experiment, recipe_, shards, load_model("weights.safetensors"), ema)
+    measured, predicted = evaluate_model(experiment, recipe_, shards, load_model("weights.safetensors"), ema)
     best = max(measured["val/top1_pct"], measured.get("val/ema_top1_pct", 0.0))
     metrics: Metrics = {
         **measured,
         "converged": status == "finished" and best > MIN_TIMES_CHANCE * 100 / len(shards.classes),
     }
+    images = datasets.IndexedImages(shards, "val")
+    predictions.write_predictions(
+        folder,
+        images.keys(range(len(images))),
+        images.labels.tolist(),
+        predicted.top5[:, 0].tolist(),
+        predicted.losses.tolist(),
+    )
     write_json(folder / "metrics.json", metrics)
-    epoch_metrics = {*track.EPOCH_METRICS, *track.EMA_METRICS, "val/loss"}  # logged during training
-    new_metrics = {name: value for name, value in measured.items() if name not in epoch_metrics}
+    # Training logs the others at every epoch; the bounds belong to the kept weights, as best/top1_pct of the report.
+    not_logged = {*track.EPOCH_METRICS, *track.EMA_METRICS, "val/loss", *TOP1_BOUNDS}
+    new_metrics = {name: value for name, value in measured.items() if name not in not_logged}
     track.log_results(track.find_run_id(run_name, outputs), new_metrics, [folder / "metrics.json"])
     return metrics
 
@@ -82,14 +94,15 @@ def evaluate_weights(
     model = weights.load_weights(
         path, model_name, model_args, num_classes=len(shards.classes), image_size=experiment.data.image_size
     )
-    return evaluate_model(experiment, recipe_, shards, model)
+    return evaluate_model(experiment, recipe_, shards, model).metrics
 
 
 def evaluate_model(
     experiment: Experiment, recipe_: Recipe, shards: manifests.Shards, model: nn.Module, ema: nn.Module | None = None
-) -> dict[str, float]:
+) -> Evaluated:
     """Evaluates models once on every validation image and every image of the further sets, in float32.
 
+    `val/top1_low_pct` and `val/top1_high_pct` are Wilson's 95 % interval of `val/top1_pct`;
     `val/flop_agreement_pct` is the share of images with the same top-1 class as their flop;
     `equivariance/max_rel_error` is the largest relative difference between the logits of both, over the batches;
     `val/ema_...` is the accuracy of `ema`. `val/real_top1_pct` is the accuracy of `model` on ImageNet's reassessed
@@ -113,21 +126,22 @@ def evaluate_model(
             device=device,
         )
 
-    predictions = _predict(model, ema, batches(images))
+    predicted = _predict(model, ema, batches(images))
     metrics = {
-        **_accuracy_metrics("val/", predictions.top5, images.labels),
-        "val/loss": predictions.loss,
-        "val/flop_agreement_pct": _percent(predictions.top5[:, 0] == predictions.flop_top5[:, 0]),
-        "equivariance/max_rel_error": predictions.max_rel_error,
+        **_accuracy_metrics("val/", predicted.top5, images.labels),
+        **_top1_bounds(predicted.top5[:, 0] == images.labels),
+        "val/loss": predicted.losses.mean().item(),
+        "val/flop_agreement_pct": _percent(predicted.top5[:, 0] == predicted.flop_top5[:, 0]),
+        "equivariance/max_rel_error": predicted.max_rel_error,
     }
-    if predictions.ema_top5 is not None:
-        metrics |= _accuracy_metrics("val/ema_", predictions.ema_top5, images.labels)
+    if predicted.ema_top5 is not None:
+        metrics |= _accuracy_metrics("val/ema_", predicted.ema_top5, images.labels)
     if labels := validation_sets.real_labels(shards.classes, images.keys(range(len(images)))):
-        metrics["val/real_top1_pct"] = validation_sets.real_top1_pct(predictions.top5[:, 0].tolist(), labels)
+        metrics["val/real_top1_pct"] = validation_sets.real_top1_pct(predicted.top5[:, 0].tolist(), labels)
     for name, further_images in further_sets.items():
         further = loop.evaluate(model, batches(further_images))
         metrics |= {f"{name}/top1_pct": further.top1_pct, f"{name}/top5_pct": further.top5_pct}
-    return metrics
+    return Evaluated(metrics, predicted)
 
 
 class Predictions(NamedTuple):
@@ -139,10 +153,18 @@ class Predictions(NamedTuple):
     """The same for the images' flops."""
     ema_top5: Tensor | None
     """The same for the averaged weights."""
-    loss: float
-    """Mean cross-entropy."""
+    losses: Tensor
+    """(N,) float64, the cross-entropy of each image."""
     max_rel_error: float
     """Largest relative difference between the logits of images and of their flops; nan if any is not finite."""
+
+
+class Evaluated(NamedTuple):
+    """What was measured of a model."""
+
+    metrics: dict[str, float]
+    predictions: Predictions
+    """For the validation images, in the index's order."""
 
 
 @torch.inference_mode()
@@ -160,7 +182,7 @@ def _predict(model: nn.Module, ema: nn.Module | None, batches: Iterable[batching
         torch.cat(top5),
         torch.cat(flop_top5),
         torch.cat(ema_top5) if ema_top5 else None,
-        torch.cat(losses).mean().item(),
+        torch.cat(losses),
         torch.tensor(errors).max().item(),
     )
 
@@ -172,6 +194,11 @@ def _top_classes(logits: Tensor) -> Tensor:
 def _accuracy_metrics(prefix: str, top5: Tensor, labels: Tensor) -> dict[str, float]:
     hits = top5 == labels[:, None]
     return {f"{prefix}top1_pct": _percent(hits[:, 0]), f"{prefix}top5_pct": _percent(hits.any(1))}
+
+
+def _top1_bounds(hits: Tensor) -> dict[str, float]:
+    interval = statistics.wilson_interval(int(hits.sum()), len(hits)).scaled(100)
+    return dict(zip(TOP1_BOUNDS, interval, strict=True))
 
 
 def _percent(hits: Tensor) -> float:

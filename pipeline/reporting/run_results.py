@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import csv
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from flopeq.hub.model_card import failure_reason
 from flopeq.measure.paper import Table1Row, strip_size, table1
 from flopeq.registry import describe
 from pipeline.base.config import Experiment
 from pipeline.base.files import read_json
+from pipeline.evaluation import pairing, predictions, statistics
+from pipeline.evaluation.pairing import Comparison
+from pipeline.evaluation.predictions import ImageHits
+from pipeline.evaluation.statistics import Interval
+from pipeline.reporting import baselines
 from pipeline.reporting.speed import Quartiles, quartiles_of, ratios_of_passes, with_quartiles
 
 METRIC_NAMES = (
     "val/top1_pct",
+    "val/top1_low_pct",
+    "val/top1_high_pct",
     "val/top5_pct",
     "val/loss",
     "val/flop_agreement_pct",
@@ -36,9 +44,6 @@ FURTHER_METRICS = {"top1_pct": "top-1 %", "top5_pct": "top-5 %"}
 """Metrics of a further validation set."""
 
 _PAPER_IMAGE_SIZE = 224
-
-NON_SHAPE_ARGS = ("num_flop_blocks", "head", "init_values", "ls_init_value")
-"""Arguments in which X and its E may differ."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,22 @@ class RunResult:
     """The run's entry in throughput.json."""
     baseline: str | None
     """For E and H: the run of X of the same size and arguments; of several, nearest in recipe and seed."""
+    own_recipe_run: str | None
+    """For a recipe from a sweep: the run of the same network with the recipe that the sweep started from."""
     run_info: Mapping[str, Any]
     """The content of run.json."""
+    hits: ImageHits | None = field(repr=False, compare=False)
+    """The validation images that the run classifies correctly; None without predictions.parquet."""
     throughput_ratios: tuple[float, ...] = ()
     """Images per second over the baseline's, for each pair of neighbouring passes."""
     flop_ratio: float | None = None
     """The baseline's FLOPs over this run's."""
+    minus_baseline: Comparison | None = None
+    """Top-1 minus the baseline's, one seed of each."""
+    minus_own_recipe: Comparison | None = None
+    """Top-1 minus that of `own_recipe_run`, one seed of each."""
+    pooled: PooledSeeds | None = None
+    """What all seeds of the run's group reach together; None before any of them has predictions."""
 
     @property
     def converged(self) -> bool:
@@ -90,6 +105,12 @@ class RunResult:
     @property
     def top1_pct(self) -> float | None:
         return self.metrics.get("val/top1_pct")
+
+    @property
+    def top1_interval(self) -> Interval | None:
+        """95 % interval of the top-1 over images, in percent (Wilson)."""
+        bounds = [self.metrics.get(f"val/top1_{side}_pct") for side in ("low", "high")]
+        return None if None in bounds else Interval(*bounds)  # pyright: ignore[reportArgumentType]
 
     @property
     def img_per_s(self) -> float | None:
@@ -111,7 +132,8 @@ class RunResult:
     @property
     def throughput_ratio(self) -> float | None:
         """Median of `throughput_ratios`."""
-        return statistics.median(self.throughput_ratios) if self.throughput_ratios else None
+        found = quartiles_of(self.throughput_ratios)
+        return found and found.median
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -146,8 +168,26 @@ class RunResult:
             **with_quartiles("perf/throughput_ratio", quartiles_of(self.throughput_ratios)),
             "complexity/flop_ratio": self.flop_ratio,
             "perf/share": self.share,
+            **_difference_metrics("difference/to_x", self.minus_baseline),
+            **_difference_metrics("difference/to_own_recipe", self.minus_own_recipe),
+            **_pooled_metrics(self.pooled),
         }
         return {key: value for key, value in numbers.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class PooledSeeds:
+    """What the seeds of a group reach together. Those that did not converge are left out, unless none did."""
+
+    num_seeds: int
+    top1_pct: float
+    """Mean over the seeds."""
+    top1_interval: Interval
+    """95 % interval of the top-1, in percent: over images for one seed (Wilson), over seeds and images for several."""
+    minus_baseline: Comparison | None = None
+    """Their top-1 minus that of all seeds of the baseline."""
+    minus_own_recipe: Comparison | None = None
+    """Their top-1 minus that of all seeds with the recipe that theirs was tuned from."""
 
 
 class SeedSpread(NamedTuple):
@@ -169,21 +209,38 @@ def load_results(
         name: _load_result(experiment, name, outputs / name, complexity.get(name, {}), throughput.get(name, {}))
         for name in experiment.models
     }
-    return [_add_ratios(result, results.get(result.baseline or "")) for result in results.values()]
+    pooled = {group: _pool(members, results) for group, members in _members_by_group(results.values()).items()}
+    return [
+        replace(
+            _add_ratios(result, results.get(result.baseline or "")),
+            minus_baseline=_compare([result], result.baseline, results, all_seeds=False),
+            minus_own_recipe=_compare([result], result.own_recipe_run, results, all_seeds=False),
+            pooled=pooled[result.group],
+        )
+        for result in results.values()
+    ]
 
 
 def group_by_seed(results: Sequence[RunResult]) -> list[list[RunResult]]:
     """Groups runs that differ only in their seed, in the order of the first run of each group."""
-    groups: dict[str, list[RunResult]] = {}
-    for result in results:
-        groups.setdefault(result.group, []).append(result)
-    return list(groups.values())
+    return list(_members_by_group(results).values())
+
+
+def converged_members(members: Sequence[RunResult]) -> Sequence[RunResult]:
+    """Returns the members that converged, or all if none did."""
+    return [member for member in members if member.converged] or members
+
+
+def compare_runs(results: Sequence[RunResult]) -> list[Comparison]:
+    """Returns every comparison of the study, seeds together: of E and H with X, of tuned recipes with their base."""
+    pooled = [members[0].pooled for members in group_by_seed(results)]
+    both = [side for found in pooled if found for side in (found.minus_baseline, found.minus_own_recipe)]
+    return [comparison for comparison in both if comparison is not None]
 
 
 def seed_spread(members: Sequence[RunResult], value: Callable[[RunResult], float | None]) -> SeedSpread | None:
     """Returns the spread of a value over the converged members, or over all if none converged; None without values."""
-    good = [member for member in members if member.converged] or members
-    known = [found for member in good if (found := value(member)) is not None]
+    known = [found for member in converged_members(members) if (found := value(member)) is not None]
     return SeedSpread(sum(known) / len(known), min(known), max(known), len(known)) if known else None
 
 
@@ -198,7 +255,7 @@ def _load_result(
     measured = {key: float(metrics[key]) for key in (*METRIC_NAMES, *further) if _is_number(metrics.get(key))}
     return RunResult(
         run=name,
-        group=_seed_group(experiment, name),
+        group=baselines.seed_group(experiment, name),
         model=run.model,
         recipe=run.recipe,
         seed=experiment.seed_of(name),
@@ -214,49 +271,11 @@ def _load_result(
         flops=complexity.get("flops"),
         macs=complexity.get("macs"),
         throughput=throughput,
-        baseline=_baseline(experiment, name),
+        baseline=baselines.baseline_of(experiment, name),
+        own_recipe_run=baselines.own_recipe_run_of(experiment, name),
         run_info=run_info,
+        hits=predictions.read_hits(folder),
     )
-
-
-def _seed_group(experiment: Experiment, name: str) -> str:
-    run = experiment.run(name)
-    return next(
-        other
-        for other, other_run in experiment.models.items()
-        if other_run.model_copy(update={"seed": run.seed}) == run
-    )
-
-
-def _baseline(experiment: Experiment, name: str) -> str | None:
-    """Returns the X that an E or H is compared with: same size and arguments, then nearest in recipe and seed."""
-    run = experiment.run(name)
-    info = describe(run.model)
-    if info is None or info.variant == "X":
-        return None
-    key = ("X", info.family, info.size, _shape_args(run.args))
-    candidates = []
-    for other, candidate in experiment.models.items():
-        candidate_info = describe(candidate.model)
-        if (
-            candidate_info
-            and (candidate_info.variant, candidate_info.family, candidate_info.size, _shape_args(candidate.args)) == key
-        ):
-            same_seed = experiment.seed_of(other) == experiment.seed_of(name)
-            candidates.append((2 * _same_base_recipe(experiment, run.recipe, candidate.recipe) + same_seed, other))
-    return max(candidates, key=lambda fit: fit[0])[1] if candidates else None
-
-
-def _same_base_recipe(experiment: Experiment, recipe: str, other: str) -> bool:
-    """Whether both are the same recipe, or were tuned from the same base."""
-    tuned = experiment.sweeps.tuned
-    if recipe in tuned and other in tuned:
-        return tuned[recipe].base == tuned[other].base
-    return recipe == other
-
-
-def _shape_args(args: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in args.items() if key not in NON_SHAPE_ARGS}
 
 
 def _add_ratios(result: RunResult, baseline: RunResult | None) -> RunResult:
@@ -267,6 +286,75 @@ def _add_ratios(result: RunResult, baseline: RunResult | None) -> RunResult:
         throughput_ratios=ratios_of_passes(result.throughput, baseline.throughput),
         flop_ratio=_ratio(baseline.flops, result.flops),
     )
+
+
+def _members_by_group(results: Iterable[RunResult]) -> dict[str, list[RunResult]]:
+    groups: dict[str, list[RunResult]] = {}
+    for result in results:
+        groups.setdefault(result.group, []).append(result)
+    return groups
+
+
+def _pool(members: Sequence[RunResult], results: Mapping[str, RunResult]) -> PooledSeeds | None:
+    hits = _known_hits(members)
+    if not hits:
+        return None
+    values = np.stack([each.hits for each in hits])
+    interval = (
+        statistics.wilson_interval(int(values.sum()), values.size)
+        if len(hits) == 1
+        else statistics.bootstrap_interval(values)
+    )
+    return PooledSeeds(
+        len(hits),
+        100 * float(values.mean()),
+        interval.scaled(100),
+        _compare(members, members[0].baseline, results, all_seeds=True),
+        _compare(members, members[0].own_recipe_run, results, all_seeds=True),
+    )
+
+
+def _compare(
+    members: Sequence[RunResult], other: str | None, results: Mapping[str, RunResult], *, all_seeds: bool
+) -> Comparison | None:
+    """Compares runs with another run, or with all of its seeds; None if there is none, or no predictions."""
+    if other is None:
+        return None
+    others = [r for r in results.values() if r.group == results[other].group] if all_seeds else [results[other]]
+    hits, other_hits = _known_hits(members), _known_hits(others)
+    if not hits or not other_hits:
+        return None
+    return pairing.compare(members[0].run, hits, others[0].run, other_hits)
+
+
+def _known_hits(members: Sequence[RunResult]) -> list[ImageHits]:
+    return [member.hits for member in converged_members(members) if member.hits is not None]
+
+
+def _difference_metrics(name: str, comparison: Comparison | None) -> dict[str, float | None]:
+    if comparison is None:
+        return {}
+    return {
+        f"{name}_pct": comparison.difference_pct,
+        f"{name}_low_pct": comparison.interval.low,
+        f"{name}_high_pct": comparison.interval.high,
+        f"{name}_mcnemar_p": comparison.mcnemar_p,
+    }
+
+
+def _pooled_metrics(pooled: PooledSeeds | None) -> dict[str, float | None]:
+    """Returns what several seeds reach together; nothing where one seed is compared with one."""
+    comparisons = [pooled.minus_baseline, pooled.minus_own_recipe] if pooled else []
+    if pooled is None or (pooled.num_seeds == 1 and all(c is None or c.mcnemar_p is not None for c in comparisons)):
+        return {}
+    return {
+        "seeds/num": pooled.num_seeds,
+        "seeds/top1_pct": pooled.top1_pct,
+        "seeds/top1_low_pct": pooled.top1_interval.low,
+        "seeds/top1_high_pct": pooled.top1_interval.high,
+        **_difference_metrics("seeds/to_x", pooled.minus_baseline),
+        **_difference_metrics("seeds/to_own_recipe", pooled.minus_own_recipe),
+    }
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

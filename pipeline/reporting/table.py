@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flopeq.measure.paper import Table1Row
-from pipeline.reporting.run_results import FURTHER_METRICS, RunResult, group_by_seed, seed_spread
+from pipeline.evaluation.pairing import Comparison
+from pipeline.evaluation.statistics import Interval
+from pipeline.reporting.run_results import FURTHER_METRICS, PooledSeeds, RunResult, group_by_seed, seed_spread
 
 MISSING = "–"
 
@@ -19,7 +22,7 @@ class Cell:
     text: str
     sort_key: float | str | None = None
     spread: str = ""
-    """The lowest and the highest of several seeds."""
+    """The bounds of its 95% interval, or else the lowest and the highest of several seeds."""
 
     def __str__(self) -> str:
         return f"{self.text} ({self.spread})" if self.spread else self.text
@@ -71,17 +74,36 @@ Getter = Callable[[RunResult], float | str | None]
 Formatter = Callable[[float], str]
 
 
+class Estimate(NamedTuple):
+    """A value with its 95% interval."""
+
+    value: float
+    interval: Interval | None
+
+
+class Column(NamedTuple):
+    """How to fill a column."""
+
+    value: Getter
+    formatter: Formatter
+    interval: Callable[[RunResult], Interval | None] = lambda _: None
+    pooled: Callable[[PooledSeeds], Estimate | None] | None = None
+    """What a row that stands for all seeds shows, if it is not the mean of `value`."""
+
+
 def build_table(results: Sequence[RunResult]) -> Table:
     """Builds the comparison table, with the paper's columns if a run is a model of the paper."""
     groups = _column_groups(results)
-    columns = [(heading, *column) for group in groups.values() for heading, column in group.items()]
+    columns = [(heading, column) for group in groups.values() for heading, column in group.items()]
     rows = []
     for members in group_by_seed(results):
-        if len(members) > 1:
-            cells = [_mean_cell(members, value, formatter) for _, value, formatter in columns]
-            name = Cell(_group_label(members), members[0].group)
-            rows.append(Row(members[0].group, (name, *cells[1:]), len(members)))
-        rows += [Row(r.run, tuple(_make_cell(value(r), formatter) for _, value, formatter in columns)) for r in members]
+        cells = tuple(_group_cell(members, column) for _, column in columns)
+        if len(members) == 1:
+            rows.append(Row(members[0].run, cells))
+            continue
+        name = Cell(_group_label(members), members[0].group)
+        rows.append(Row(members[0].group, (name, *cells[1:]), len(members)))
+        rows += [Row(r.run, tuple(_run_cell(r, column) for _, column in columns)) for r in members]
     return Table(
         groups=tuple((name, len(group)) for name, group in groups.items()),
         columns=tuple(name for name, *_ in columns),
@@ -92,23 +114,36 @@ def build_table(results: Sequence[RunResult]) -> Table:
 
 
 def summarize_runs(results: Sequence[RunResult]) -> list[str]:
-    """Returns a sentence for each E and H with a baseline X; several seeds share one sentence."""
+    """Returns a sentence for each E and H with a baseline X, and for each tuned recipe; seeds share one sentence.
+
+    Which is better is said by the interval of the difference in top-1, never by its sign.
+    """
     groups = {member.run: members for members in group_by_seed(results) for member in members}
     sentences = []
     for members in group_by_seed(results):
+        first, label = members[0], members[0].label if len(members) == 1 else _group_label(members)
         flop_ratio = seed_spread(members, lambda r: r.flop_ratio)
-        if flop_ratio is None or members[0].baseline is None:
-            continue
-        baseline_runs = groups[members[0].baseline]
-        phrases = [f"{1 / flop_ratio.mean:.2f} of the FLOPs of {baseline_runs[0].group}"]
-        if faster := seed_spread(members, lambda r: r.throughput_ratio):
-            phrases.append(f"{faster.mean:.2f} times its throughput")
-        both = [_format_top1(side) for side in (members, baseline_runs)]
-        if all(both):
-            phrases.append(f"top-1 {both[0]} against {both[1]}")
-        label = members[0].label if len(members) == 1 else _group_label(members)
-        sentences.append(f"{label}: {', '.join(phrases)}.")
+        if flop_ratio is not None and first.baseline in groups:
+            baseline = groups[first.baseline]
+            phrases = [f"{1 / flop_ratio.mean:.2f} of the FLOPs of {baseline[0].group}"]
+            if faster := seed_spread(members, lambda r: r.throughput_ratio):
+                phrases.append(f"{faster.mean:.2f} times its throughput")
+            phrases += _compare_top1(members, baseline, first.pooled and first.pooled.minus_baseline)
+            sentences.append(f"{label}: {', '.join(phrases)}.")
+        if first.own_recipe_run in groups:
+            own = groups[first.own_recipe_run]
+            compared = _compare_top1(members, own, first.pooled and first.pooled.minus_own_recipe)
+            sentences += [
+                f"{label}: with the recipe that was tuned from {own[0].group}'s, {text}." for text in compared
+            ]
     return sentences
+
+
+def describe_difference(comparison: Comparison) -> str:
+    """Returns the verdict on a difference in top-1 with its interval."""
+    low, high = (signed(bound) for bound in comparison.interval)
+    test = "" if comparison.mcnemar_p is None else f"; McNemar's p {_format_p(comparison.mcnemar_p)}"
+    return f"{comparison.verdict} ({signed(comparison.difference_pct)} points, 95% interval {low} to {high}{test})"
 
 
 def further_set_names(results: Sequence[RunResult]) -> list[str]:
@@ -137,6 +172,11 @@ def fixed_point(digits: int) -> Formatter:
     return lambda value: f"{value:,.{digits}f}"
 
 
+def signed(value: float) -> str:
+    """Formats a difference in percentage points, with its sign."""
+    return f"{value:+.2f}"
+
+
 def significant_digits(value: float) -> str:
     """Formats three significant digits; the integer part is never rounded."""
     return f"{value:,.{max(0, min(3, 2 - math.floor(math.log10(value or 1))))}f}"
@@ -147,26 +187,29 @@ def format_error(value: float) -> str:
     return f"{value:.1e}" if value < 0.01 else f"{value:.2f}"
 
 
-def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, tuple[Getter, Formatter]]]:
+def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, Column]]:
     (per_flop, flops), (per_param, params) = flop_unit(results), param_unit(results)
     formatter = significant_digits  # never called for text columns
 
-    def percent(key: str) -> tuple[Getter, Formatter]:
-        return lambda r: r.metrics.get(key), fixed_point(1)
+    def percent(key: str) -> Column:
+        return Column(lambda r: r.metrics.get(key), fixed_point(1))
 
-    groups: dict[str, dict[str, tuple[Getter, Formatter]]] = {
+    groups: dict[str, dict[str, Column]] = {
         "": {
-            "run": (lambda r: r.label, formatter),
-            "model": (lambda r: r.name, formatter),
-            "variant": (lambda r: r.variant, formatter),
+            "run": Column(lambda r: r.label, formatter),
+            "model": Column(lambda r: r.name, formatter),
+            "variant": Column(lambda r: r.variant, formatter),
         },
         "cost per image": {
-            f"params ({params})": (lambda r: r.params and r.params / per_param, significant_digits),
-            flops: (lambda r: r.flops and r.flops / per_flop, significant_digits),
-            flops.replace("FLOPs", "MACs"): (lambda r: r.macs and r.macs / per_flop, significant_digits),
+            f"params ({params})": Column(lambda r: r.params and r.params / per_param, significant_digits),
+            flops: Column(lambda r: r.flops and r.flops / per_flop, significant_digits),
+            flops.replace("FLOPs", "MACs"): Column(lambda r: r.macs and r.macs / per_flop, significant_digits),
         },
         "validation": {
-            "top-1 %": percent("val/top1_pct"),
+            "top-1 %": percent("val/top1_pct")._replace(
+                interval=lambda r: r.top1_interval, pooled=lambda p: Estimate(p.top1_pct, p.top1_interval)
+            ),
+            **(_difference_columns() if any(r.minus_baseline for r in results) else {}),
             "top-5 %": percent("val/top5_pct"),
             **{
                 column: percent(key)
@@ -178,13 +221,13 @@ def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, tuple[Ge
                 if has_metric(results, key)
             },
             "flop agreement %": percent("val/flop_agreement_pct"),
-            "equivariance error": (lambda r: r.metrics.get("equivariance/max_rel_error"), format_error),
+            "equivariance error": Column(lambda r: r.metrics.get("equivariance/max_rel_error"), format_error),
         },
         "speed": {
-            "images/s": (lambda r: r.img_per_s, fixed_point(0)),
-            "throughput ratio": (lambda r: r.throughput_ratio, fixed_point(2)),
-            "FLOP ratio": (lambda r: r.flop_ratio, fixed_point(2)),
-            "share %": (lambda r: r.share and 100 * r.share, fixed_point(0)),
+            "images/s": Column(lambda r: r.img_per_s, fixed_point(0)),
+            "throughput ratio": Column(lambda r: r.throughput_ratio, fixed_point(2)),
+            "FLOP ratio": Column(lambda r: r.flop_ratio, fixed_point(2)),
+            "share %": Column(lambda r: r.share and 100 * r.share, fixed_point(0)),
         },
     }
     if sets := further_set_names(results):
@@ -193,30 +236,69 @@ def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, tuple[Ge
         }
     if any(result.paper for result in results):
         groups["the paper's"] = {
-            "params (M)": (lambda r: r.paper and r.paper.params_m, fixed_point(1)),
-            "GFLOPs": (lambda r: r.paper and r.paper.gflops_per_img, fixed_point(1)),
-            "top-1 %, ImageNet": (lambda r: _paper_top1(r.paper), fixed_point(1)),
-            "images/s, A100": (lambda r: r.paper and r.paper.throughput_a100_im_s, fixed_point(0)),
+            "params (M)": Column(lambda r: r.paper and r.paper.params_m, fixed_point(1)),
+            "GFLOPs": Column(lambda r: r.paper and r.paper.gflops_per_img, fixed_point(1)),
+            "top-1 %, ImageNet": Column(lambda r: _paper_top1(r.paper), fixed_point(1)),
+            "images/s, A100": Column(lambda r: r.paper and r.paper.throughput_a100_im_s, fixed_point(0)),
         }
     return groups
 
 
-def _make_cell(value: float | str | None, formatter: Formatter) -> Cell:
-    if value is None:
-        return Cell(MISSING)
-    return Cell(value, value) if isinstance(value, str) else Cell(formatter(value), value)
+def _difference_columns() -> dict[str, Column]:
+    def minus_x(p: PooledSeeds) -> Estimate | None:
+        return p.minus_baseline and Estimate(p.minus_baseline.difference_pct, p.minus_baseline.interval)
+
+    def p_value(p: PooledSeeds) -> Estimate | None:
+        known = p.minus_baseline.mcnemar_p if p.minus_baseline else None
+        return None if known is None else Estimate(known, None)
+
+    return {
+        "top-1 minus X's": Column(
+            lambda r: r.minus_baseline and r.minus_baseline.difference_pct,
+            signed,
+            lambda r: r.minus_baseline and r.minus_baseline.interval,
+            minus_x,
+        ),
+        "McNemar's p": Column(
+            lambda r: r.minus_baseline and r.minus_baseline.mcnemar_p, "{:.2g}".format, pooled=p_value
+        ),
+    }
 
 
-def _mean_cell(members: Sequence[RunResult], value: Getter, formatter: Formatter) -> Cell:
+def _group_cell(members: Sequence[RunResult], column: Column) -> Cell:
+    """Returns the cell of a row that stands for one run or for all seeds of it."""
+    if column.pooled and (pooled := members[0].pooled):
+        estimate = column.pooled(pooled)
+        return Cell(MISSING) if estimate is None else _number_cell(estimate.value, estimate.interval, column.formatter)
+    return _run_cell(members[0], column) if len(members) == 1 else _mean_cell(members, column)
+
+
+def _run_cell(result: RunResult, column: Column) -> Cell:
+    value = column.value(result)
+    if isinstance(value, str) or value is None:
+        return Cell(MISSING) if value is None else Cell(value, value)
+    return _number_cell(value, column.interval(result), column.formatter)
+
+
+def _number_cell(value: float, interval: Interval | None, formatter: Formatter) -> Cell:
+    return Cell(formatter(value), value, format_range(interval.low, interval.high, formatter) if interval else "")
+
+
+def format_range(low: float, high: float, formatter: Formatter) -> str:
+    """Formats two bounds, with a dash between them unless they have signs."""
+    return f"{formatter(low)}{' to ' if formatter is signed else '–'}{formatter(high)}"
+
+
+def _mean_cell(members: Sequence[RunResult], column: Column) -> Cell:
     """Returns the mean over the members. A text is kept only if all members share it."""
-    values = [value(member) for member in members]
+    values = [column.value(member) for member in members]
     if any(isinstance(known, str) for known in values):
-        return _make_cell(values[0] if len(set(values)) == 1 else None, formatter)
-    pooled = seed_spread(members, value)  # pyright: ignore[reportArgumentType]
-    if pooled is None:
+        return Cell(str(values[0]), values[0]) if len(set(values)) == 1 else Cell(MISSING)
+    spread = seed_spread(members, column.value)  # pyright: ignore[reportArgumentType]
+    if spread is None:
         return Cell(MISSING)
-    low, high = formatter(pooled.low), formatter(pooled.high)
-    return Cell(formatter(pooled.mean), pooled.mean, "" if low == high else f"{low}–{high}")
+    low, high = column.formatter(spread.low), column.formatter(spread.high)
+    return Cell(column.formatter(spread.mean), spread.mean, "" if low == high else f"{low}–{high}")
 
 
 def _group_label(members: Sequence[RunResult]) -> str:
@@ -225,11 +307,23 @@ def _group_label(members: Sequence[RunResult]) -> str:
     return f"{members[0].group}, {seeds}" + " †" * (good == 0)
 
 
+def _compare_top1(
+    members: Sequence[RunResult], others: Sequence[RunResult], comparison: Comparison | None
+) -> list[str]:
+    """Returns a phrase on both sides' top-1, with the verdict if they can be compared; none if either is unknown."""
+    both = [_format_top1(side) for side in (members, others)]
+    if not all(both):
+        return []
+    return [f"top-1 {both[0]} against {both[1]}" + (f": {describe_difference(comparison)}" if comparison else "")]
+
+
 def _format_top1(members: Sequence[RunResult]) -> str:
-    pooled = seed_spread(members, lambda r: r.top1_pct)
-    if pooled is None:
-        return ""
-    return f"{pooled.mean:.1f}%" + (f" ({pooled.low:.1f}–{pooled.high:.1f})" if pooled.n > 1 else "")
+    spread = seed_spread(members, lambda r: r.top1_pct)
+    return "" if spread is None else f"{spread.mean:.1f}%" + " †" * (not any(member.converged for member in members))
+
+
+def _format_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 def _paper_top1(paper: Table1Row | None) -> float | str | None:

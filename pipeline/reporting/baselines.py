@@ -1,0 +1,68 @@
+"""Which run is compared with which: seeds of one network, E and H with X, and a tuned recipe with its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flopeq.registry import describe
+from pipeline.base.config import Experiment
+
+NON_SHAPE_ARGS = ("num_flop_blocks", "head", "init_values", "ls_init_value")
+"""Arguments in which X and its E may differ."""
+
+
+def seed_group(experiment: Experiment, name: str) -> str:
+    """Returns the first run that differs from this one only in its seed, or the run itself."""
+    run = experiment.run(name)
+    return next(
+        other
+        for other, other_run in experiment.models.items()
+        if other_run.model_copy(update={"seed": run.seed}) == run
+    )
+
+
+def baseline_of(experiment: Experiment, name: str) -> str | None:
+    """Returns the X that an E or H is compared with: same size and arguments, then nearest in recipe and seed."""
+    run = experiment.run(name)
+    info = describe(run.model)
+    if info is None or info.variant == "X":
+        return None
+    key = ("X", info.family, info.size, _shape_args(run.args))
+    candidates = []
+    for other, candidate in experiment.models.items():
+        candidate_info = describe(candidate.model)
+        if (
+            candidate_info
+            and (candidate_info.variant, candidate_info.family, candidate_info.size, _shape_args(candidate.args)) == key
+        ):
+            same_seed = experiment.seed_of(other) == experiment.seed_of(name)
+            candidates.append((2 * _same_base_recipe(experiment, run.recipe, candidate.recipe) + same_seed, other))
+    return max(candidates, key=lambda fit: fit[0])[1] if candidates else None
+
+
+def own_recipe_run_of(experiment: Experiment, name: str) -> str | None:
+    """Returns the run of the same network with the recipe that the run's recipe was tuned from; same seed preferred."""
+    run = experiment.run(name)
+    if run.recipe not in experiment.sweeps.tuned:
+        return None
+    base = experiment.sweeps.tuned[run.recipe].base
+    candidates = [
+        other
+        for other, candidate in experiment.models.items()
+        if (candidate.model, candidate.recipe, _shape_args(candidate.args)) == (run.model, base, _shape_args(run.args))
+    ]
+    same_seed = [other for other in candidates if experiment.seed_of(other) == experiment.seed_of(name)]
+    return next(iter(same_seed or candidates), None)
+
+
+def _same_base_recipe(experiment: Experiment, recipe: str, other: str) -> bool:
+    """Whether both are the same recipe, or were tuned from the same base."""
+    tuned = experiment.sweeps.tuned
+    if recipe in tuned and other in tuned:
+        return tuned[recipe].base == tuned[other].base
+    return recipe == other
+
+
+def _shape_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in args.items() if key not in NON_SHAPE_ARGS}
