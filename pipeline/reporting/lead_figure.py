@@ -24,22 +24,22 @@ _COLUMNS = (
 
 
 def draw_lead_figure(results: Sequence[RunResult], flops: tuple[float, str]) -> RenderedFigure:
-    """Draws both panels, with X joined to its E and, lighter, to its H.
+    """Draws both panels, with X joined to its E and, lighter, to its H. Runs with tuned recipes are left out.
 
     Args:
         flops: divisor and unit of FLOPs, such as (1e9, "GFLOPs").
     """
+    caption = _caption(results)
+    results = [result for result in results if result.own_recipe_run is None]
     per_flop, flop_unit = flops
     per_ms, time_unit = _time_unit(results)
     top1 = _clip_diverged(results)
 
-    kinds = Counter((members[0].family, members[0].variant) for members in group_by_seed(results))
-
     def describe(result: RunResult) -> str:
-        """Returns a label where the legend does not identify the network, or where the point is not where it belongs."""
+        """Returns a label for X and for a network without X, and for a point that is not where it belongs."""
         if not result.converged and result.top1_pct is not None:
             return f"{result.label} at {result.top1_pct:.0f}%"
-        return short_name(result, results) if kinds[result.family, result.variant] > 1 else ""
+        return "" if result.baseline else short_name(result, results)
 
     costs = {
         f"{flop_unit} per image": mean_of(lambda r: r.flops and r.flops / per_flop),
@@ -60,7 +60,7 @@ def draw_lead_figure(results: Sequence[RunResult], flops: tuple[float, str]) -> 
         return render_figure(
             "accuracy_vs_cost",
             "Accuracy against the cost of an image",
-            _caption(results),
+            caption,
             draw_panels(*panels),
             run_rows(results, *_COLUMNS),
             panels=[draw_panels(panel) for panel in panels],
@@ -80,6 +80,7 @@ def _caption(results: Sequence[RunResult]) -> str:
         "Vertical bars: 95 % intervals of top-1. Horizontal bars: quartiles of the passes' times"
         + f" ({'; '.join(conditions)})" * bool(conditions)
         + ". Points at the same cost stand side by side."
+        + " Runs whose recipe a sweep found are in the table." * any(result.own_recipe_run for result in results)
         + " Hollow: did not converge; drawn at the edge if far below the rest."
         * (not all(result.converged for result in results))
     )

@@ -46,8 +46,8 @@ def _draw(measurements: Sequence[Measurement]) -> Figure:
     height, ticks = 0.0, []
     for measurement in measurements:
         axes.annotate(
-            measurement.name, (0, height), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-            va="center", fontsize=9, color="#222222", weight="bold",
+            measurement.name, (0, height), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center",
+            fontsize=9, color="#222222", weight="bold", zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
         )  # fmt: skip
         height -= 0.95
         for pair in measurement.comparisons:
@@ -57,7 +57,7 @@ def _draw(measurements: Sequence[Measurement]) -> Figure:
         height -= 0.15
     ratios = [pair.ratio for measurement in measurements for pair in measurement.comparisons]
     flop_ratios = [pair.flop_ratio for measurement in measurements for pair in measurement.comparisons]
-    axes.set_xlim(min(0.75, *(r.first - 0.12 for r in ratios)), max(*(r.third for r in ratios), *flop_ratios) + 0.12)
+    axes.set_xlim(min(0.75, *(r.first - 0.12 for r in ratios)), max(*(r.third for r in ratios), *flop_ratios) + 0.38)
     axes.set_ylim(height + 0.4, 0.6)
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
     axes.tick_params(axis="y", length=0)
@@ -87,8 +87,8 @@ def _draw_bar(axes: Any, measurement: Measurement, pair: SizeComparison, y: floa
     )
     axes.plot([ratio.first, ratio.third], [y, y], color="#222222", linewidth=1.3, marker="|", markersize=7, zorder=4)
     axes.annotate(
-        f"{ratio.median:.2f}", (max(ratio.third, pair.flop_ratio, 1), y), (5, 0), textcoords="offset points",
-        va="center", fontsize=9, color=color,
+        f"{ratio.median:.2f} of {pair.flop_ratio:.2f}", (max(ratio.third, pair.flop_ratio), y), (5, 0),
+        textcoords="offset points", va="center", fontsize=9, color="#222222",
     )  # fmt: skip
 
 

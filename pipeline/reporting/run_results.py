@@ -244,6 +244,11 @@ def seed_spread(members: Sequence[RunResult], value: Callable[[RunResult], float
     return SeedSpread(sum(known) / len(known), min(known), max(known), len(known)) if known else None
 
 
+def pooled_throughput_ratio(members: Sequence[RunResult]) -> Quartiles | None:
+    """Returns the throughput over the baseline's, over the passes of all seeds, which compute the same function."""
+    return quartiles_of([ratio for member in members for ratio in member.throughput_ratios])
+
+
 def _load_result(
     experiment: Experiment, name: str, folder: Path, complexity: Mapping[str, Any], throughput: Mapping[str, Any]
 ) -> RunResult:

@@ -18,6 +18,9 @@ class Quartiles(NamedTuple):
     median: float
     third: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.first:.2f} to {self.third:.2f})"
+
 
 def quartiles_of(values: Sequence[float]) -> Quartiles | None:
     """Returns the quartiles of the values; None if there are none."""
