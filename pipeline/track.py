@@ -67,10 +67,17 @@ _UI_WORKFLOW_QUERY = "workflowType=machine_learning"  # the UI shows language mo
 
 _VIEW_NAME = "comparison"
 
+_VIEW_TAG = f"mlflow.sharedViewState.{_VIEW_NAME}"
+
 _VIEW_COLUMNS = {
     "tags": ("family", "variant", "recipe", "seed", "status"),
     "metrics": (
         "best/top1_pct",
+        "best/top1_low_pct",
+        "best/top1_high_pct",
+        "difference/to_x_pct",
+        "difference/to_x_low_pct",
+        "difference/to_x_high_pct",
         "val/flop_agreement_pct",
         "complexity/gflops",
         "complexity/flop_ratio",
@@ -78,6 +85,8 @@ _VIEW_COLUMNS = {
         "perf/forward_img_per_s",
     ),
 }
+
+_BEST_METRICS = ("top1_pct", "top1_low_pct", "top1_high_pct")
 
 _MAX_PARAMS_PER_CALL = 100  # MLflow's limit of parameters per call
 
@@ -159,9 +168,9 @@ def log_results(run_id: str | None, metrics: Mapping[str, float | None], artifac
 def publish_report(run_id: str, card: Path, numbers: Mapping[str, float]) -> None:
     """Logs a run's report: its card, as description and file, and all its numbers.
 
-    `val/top1_pct` belongs to the last epoch, `best/top1_pct` to the weights that were kept.
+    `val/top1_pct` belongs to the last epoch; `best/top1_pct` and its interval belong to the weights that were kept.
     """
-    best = {"best/top1_pct": numbers["val/top1_pct"]} if "val/top1_pct" in numbers else {}
+    best = {f"best/{name}": numbers[f"val/{name}"] for name in _BEST_METRICS if f"val/{name}" in numbers}
     known = best | {key: float(value) for key, value in numbers.items() if not key.startswith("val/")}
     client = _client()
     with _warn_if_deleted(run_id):
@@ -218,7 +227,7 @@ def _experiment_tags(experiment_id: str) -> dict[str, str]:
     view = {"name": _VIEW_NAME, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)}
     return {
         "mlflow.experimentKind": "custom_model_development",
-        f"mlflow.sharedViewState.{_VIEW_NAME}": json.dumps(view),
+        _VIEW_TAG: json.dumps(view),
         _DESCRIPTION_TAG: f"[Compare the runs]({_view_path(experiment_id)}): "
         "accuracy, FLOPs and throughput of X, E(X) and H(X). "
         "A run's description is its model card, and its artifacts are configuration and weights.",
@@ -253,9 +262,14 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
         existing.experiment_id if existing else client.create_experiment(name, artifact_location=artifact_location)
     )
     for key, value in _experiment_tags(experiment_id).items():
-        if not existing or key not in existing.tags:  # keep what a user has edited
-            client.set_experiment_tag(experiment_id, key, value)
+        if not existing or key not in existing.tags or _is_former_view(key, existing.tags[key], value):
+            client.set_experiment_tag(experiment_id, key, value)  # what a user has edited is kept
     return experiment_id
+
+
+def _is_former_view(key: str, existing: str, current: str) -> bool:
+    """Whether a tag is our view with the columns of an earlier version, which no user has edited."""
+    return key == _VIEW_TAG and existing != current and json.loads(existing)["updatedAt"] == 0
 
 
 def _reopen_run(client: MlflowClient, run_id: str) -> bool:

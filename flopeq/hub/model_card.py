@@ -29,6 +29,8 @@ FAMILIES = {"vit": "vision transformer (DeiT III)", "resmlp": "ResMLP", "convnex
 
 _PERCENT, _RATIO, _ERROR = "{:.1f} %".format, "{:.2f}".format, "{:.1e}".format
 
+_POINTS, _P_VALUE = "{:+.2f} points".format, "{:.2g}".format
+
 _REACHED: dict[str, tuple[str, Formatter]] = {
     "val/top1_pct": ("top-1", _PERCENT),
     "val/top5_pct": ("top-5", _PERCENT),
@@ -158,6 +160,14 @@ def _metrics_table(
         "perf/forward_img_per_s": (f"images/s forward ({conditions})", "{:,.0f}".format),
         "perf/throughput_ratio": ("images/s over those of X", _RATIO),
         "equivariance/float64_error": ("equivariance error of the logits, float64, two random images", _ERROR),
+        "difference/to_x_pct": ("top-1 minus that of X, same images", _POINTS),
+        "difference/to_x_mcnemar_p": ("McNemar's exact test of that difference, p", _P_VALUE),
+        "difference/to_own_recipe_pct": ("top-1 minus that before its recipe was tuned, same images", _POINTS),
+        "difference/to_own_recipe_mcnemar_p": ("McNemar's exact test of that difference, p", _P_VALUE),
+        "seeds/num": ("seeds of this network", "{:.0f}".format),
+        "seeds/top1_pct": ("mean top-1 of its seeds", _PERCENT),
+        "seeds/to_x_pct": ("that mean minus the mean of X's seeds", _POINTS),
+        "seeds/to_own_recipe_pct": ("that mean minus the mean before tuning", _POINTS),
     }
     rows = [("weights", weights), ("image", " x ".join(map(str, size))), *_format_available(metrics, figures)]
     paper = next((row for row in table1() if row.model == name), None)
@@ -244,9 +254,16 @@ def _has_paper_size(args: Mapping[str, Any]) -> bool:
 def _format_available(
     metrics: Mapping[str, Any], figures: Mapping[str, tuple[str, Formatter]]
 ) -> list[tuple[str, str]]:
-    """Label and formatted value of each metric that is present and finite."""
-    rows = [(metrics.get(key), label, formatter) for key, (label, formatter) in figures.items()]
-    return [(label, formatter(value)) for value, label, formatter in rows if value is not None and math.isfinite(value)]
+    """Label and formatted value of each metric that is present and finite, with its interval if it has one."""
+    rows = []
+    for key, (label, formatter) in figures.items():
+        value = metrics.get(key)
+        if value is None or not math.isfinite(value):
+            continue
+        low, high = (metrics.get(key.removesuffix("_pct") + f"_{side}_pct") for side in ("low", "high"))
+        interval = "" if low is None or high is None else f" (95% interval {formatter(low)} to {formatter(high)})"
+        rows.append((label, formatter(value) + interval))
+    return rows
 
 
 def _table(head: str, rows: list[tuple[str, str]]) -> str:

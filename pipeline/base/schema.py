@@ -41,6 +41,9 @@ class Data(Section):
     """Number of images in each tar."""
     cache_gib: Annotated[float, Field(ge=0)]
     """Maximum size of each node's cache for shards at a URL, in GiB. 0 turns the cache off."""
+    flop_invariant: Annotated[bool, Field(exclude=True)] = True  # for the report only: no part of what a run trains on
+    """Whether an image and its mirror image have the same label. If not, as for digits and text, the report says that
+    E(X) is expected to fall behind X."""
     further_val: dict[NameStr, Path] = {}
     """Further validation sets for `evaluate`: a mapping from a name to a folder `<class>/*` of images. The class
     folders have the class names of the data set. If the data set has ImageNet's 1,000 classes, the folders may instead

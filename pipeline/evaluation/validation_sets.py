@@ -24,7 +24,7 @@ from pipeline.loading.decode import decode_image
 
 logger = logging.getLogger(__name__)
 
-RESERVED_PREFIXES = frozenset({"complexity", "equivariance", "perf", "train", "val"})
+RESERVED_PREFIXES = frozenset({"best", "complexity", "difference", "equivariance", "perf", "seeds", "train", "val"})
 """Prefixes of the other metrics, which a further set cannot have as its name."""
 
 _MAX_LISTED = 5  # classes that an error message lists

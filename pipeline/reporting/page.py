@@ -15,6 +15,7 @@ import jinja2
 
 from flopeq.hub.model_card import TrainedRun, render_card
 from pipeline.base.config import Experiment
+from pipeline.evaluation.statistics import NUM_DRAWS
 from pipeline.reporting import figures, sweep_sections
 from pipeline.reporting.lead import lead_sentences
 from pipeline.reporting.lead_figure import draw_lead_figure
@@ -81,7 +82,7 @@ def write_report(
         "table": table,
         "links": {result.run: run_links(result, reports, outputs, run_urls) for result in results},
         "runs": runs_url and Link("runs in MLflow", runs_url, f"all side by side{_local_ui_hint(runs_url)}"),
-        "summary": summarize_runs(results),
+        "summary": [*symmetry_notes(experiment), *summarize_runs(results)],
         "notes": measurement_notes(experiment, results),
         "figures": rendered_figures,
         "sweeps": sections,
@@ -133,6 +134,29 @@ def _local_ui_hint(url: str) -> str:
     return "; on this machine, after `make ui`" if url.startswith("http://127.0.0.1") else ""
 
 
+def symmetry_notes(experiment: Experiment) -> list[str]:
+    """Returns a sentence on what to expect of E if the labels of the data change under a flop."""
+    if experiment.data.flop_invariant:
+        return []
+    return [
+        f"A control with the wrong symmetry: the labels of {experiment.data.name} change under mirroring, but E(X) "
+        "cannot tell an image from its mirror image. E(X) is therefore expected to fall behind X here."
+    ]
+
+
+def interval_note() -> str:
+    """Returns a note on the methods of all intervals."""
+    return (
+        "Intervals: 95%. Top-1 of one seed: Wilson's score interval over the validation images. Top-1 of several "
+        f"seeds, and all differences: percentile bootstrap of {NUM_DRAWS:,} draws over the images, which both sides of "
+        "a difference share, and over the seeds where there are several. McNemar's p: exact test over the images that "
+        "only one of two networks gets right, for one seed of each. Better and worse: the interval of the difference "
+        "excludes zero; otherwise the two cannot be told apart. Small figures under a top-1 or a difference are its "
+        "interval; elsewhere they are the lowest and the highest seed. The intervals are computed by scipy "
+        f"{version('scipy')} and numpy {version('numpy')}."
+    )
+
+
 def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> list[str]:
     """Returns notes on how the numbers were measured."""
     train, data = experiment.train, experiment.data
@@ -154,6 +178,8 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         "fraction of the saved FLOPs that becomes speed.",
         f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
     ]
+    if any(result.top1_interval for result in results):
+        notes.append(interval_note())
     if has_metric(results, "val/ema_top1_pct"):
         notes.append(
             "EMA: the moving average of the weights, at its own best epoch; all other numbers are of the plain weights."

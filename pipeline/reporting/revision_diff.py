@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.base.yaml_files import parse_yaml
 from pipeline.reporting.page import render_template
-from pipeline.reporting.table import MISSING, Cell, Formatter, Row, Table, fixed_point, format_error
+from pipeline.reporting.table import MISSING, Cell, Formatter, Row, Table, fixed_point, format_error, format_range
 
 METRICS = "reports/metrics.json"
 
@@ -101,7 +101,7 @@ def build_comparison_table(before: Revision, after: Revision) -> Table:
             formatter = _HEADINGS[key][1]
             both = [revision.metrics.get(run, {}).get(key) for revision in (before, after)]
             change = Difference(run, key, *both).change
-            cells += [_make_cell(value, formatter) for value in both]
+            cells += [_make_cell(revision.metrics.get(run, {}), key, formatter) for revision in (before, after)]
             cells.append(Cell(MISSING) if change is None else Cell(format_change(change, formatter), change))
         rows.append(Row(run, tuple(cells)))
     return Table(
@@ -187,5 +187,9 @@ def _run_names(before: Revision, after: Revision) -> list[str]:
     return list(dict.fromkeys((*after.metrics, *before.metrics)))
 
 
-def _make_cell(value: float | None, formatter: Formatter) -> Cell:
-    return Cell(MISSING) if value is None else Cell(formatter(value), value)
+def _make_cell(metrics: Mapping[str, float | bool], key: str, formatter: Formatter) -> Cell:
+    """Returns a cell with the metric and, if it has one, its interval."""
+    value = metrics.get(key)
+    low, high = (metrics.get(key.removesuffix("_pct") + f"_{side}_pct") for side in ("low", "high"))
+    spread = "" if low is None or high is None else format_range(low, high, formatter)
+    return Cell(MISSING) if value is None else Cell(formatter(value), value, spread)

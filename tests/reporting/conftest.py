@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.base import config
 from pipeline.base.yaml_files import dump_yaml
+from pipeline.evaluation import predictions, statistics
 from pipeline.reporting import run_results, table
 from tests.conftest import params_with_runs
 
@@ -41,6 +43,10 @@ TOP1 = {
     "convnext": 98.9,
     "e-convnext": 98.6,
 }
+
+
+NUM_IMAGES = 1000
+"""Validation images, so that every value of TOP1 is a number of hits."""
 
 
 FAMILY_SCALE = {"vit": 1.0, "resmlp": 0.8, "convnext": 1.4}
@@ -103,11 +109,13 @@ def _write_run(folder: Path, top1: float, invariant: bool) -> None:
     folder.mkdir(parents=True)
     rows = [_epoch(epoch, top1) for epoch in range(NUM_EPOCHS)]
     _write_history(folder, rows)
+    write_hits(folder, np.arange(NUM_IMAGES) < round(top1 * NUM_IMAGES / 100))
     write_json(folder / "run.json", run=folder.name, mlflow_run_id="0" * 32, fingerprint="f", status="finished")
     write_json(
         folder / "metrics.json",
         **{
             "val/top1_pct": top1,
+            **top1_bounds(top1),
             "val/top5_pct": 99.9,
             "val/loss": 0.1,
             "val/flop_agreement_pct": 100.0 if invariant else 41.5,
@@ -115,6 +123,17 @@ def _write_run(folder: Path, top1: float, invariant: bool) -> None:
             "converged": True,
         },
     )
+
+
+def top1_bounds(top1: float) -> dict[str, float]:
+    low, high = statistics.wilson_interval(round(top1 * NUM_IMAGES / 100), NUM_IMAGES).scaled(100)
+    return {"val/top1_low_pct": low, "val/top1_high_pct": high}
+
+
+def write_hits(folder: Path, hits: np.ndarray, prefix: str = "val") -> None:
+    """Writes the predictions of a run that gets these images right, all of class 1, and the others wrong."""
+    keys = [f"{prefix}/{number}" for number in range(len(hits))]
+    predictions.write_predictions(folder, keys, [1] * len(hits), hits.astype(int).tolist(), [0.5] * len(hits))
 
 
 def _epoch(epoch: int, top1: float) -> dict[str, float]:
