@@ -76,13 +76,13 @@ def write_report(
         card_path(result, reports).write_text(render_run_card(result, experiment, outputs), encoding="utf-8")
     content = {
         "title": f"flopeq: {experiment.tracking.experiment}",
-        "lead": lead_sentences(experiment, results, measurements),
+        "lead": [*lead_sentences(results, measurements), *symmetry_notes(experiment)],
         "lead_figure": lead_figure,
         "paper_sizes": paper_sizes,
         "table": table,
         "links": {result.run: run_links(result, reports, outputs, run_urls) for result in results},
         "runs": runs_url and Link("runs in MLflow", runs_url, f"all side by side{_local_ui_hint(runs_url)}"),
-        "summary": [*symmetry_notes(experiment), *summarize_runs(results)],
+        "summary": summarize_runs(results),
         "notes": measurement_notes(experiment, results),
         "figures": rendered_figures,
         "sweeps": sections,
@@ -174,8 +174,8 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         f"Throughput: forward passes without gradients, {'; '.join(sorted(settings)) or 'not measured'}; the "
         f"median of {experiment.throughput.runs} passes after {experiment.throughput.warmup} warm-up passes, "
         "alternating between the models. Small figures below are the quartiles of the passes.",
-        "Throughput ratio: E or H over X, the median of the ratios of neighbouring passes with their quartiles. FLOP ratio: X over E or H. Share: the first over the second, the "
-        "fraction of the saved FLOPs that becomes speed.",
+        "Throughput ratio: E or H over X, the median of the ratios of neighbouring passes, with their quartiles. FLOP "
+        "ratio: X over E or H. Share: the first over the second, the fraction of the saved FLOPs that becomes speed.",
         f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
     ]
     if any(result.top1_interval for result in results):

@@ -60,6 +60,10 @@ class Measurement:
     comparisons: tuple[SizeComparison, ...]
 
     @property
+    def short_name(self) -> str:
+        return "this machine" if self.is_this_machine else self.device
+
+    @property
     def name(self) -> str:
         return f"this machine ({self.device})" if self.is_this_machine else self.device
 

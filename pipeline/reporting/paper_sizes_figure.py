@@ -23,8 +23,8 @@ def draw_paper_sizes(measurements: Sequence[Measurement]) -> RenderedFigure:
         return render_figure(
             "paper_sizes",
             "Speed of E(X) at the paper's S sizes",
-            "A full bar reaches from 1, as fast as X, to the throughput of E(X) over that of X. The pale bar reaches to "
-            "the ratio of their FLOPs, where all saved FLOPs would be saved time. Whiskers: "
+            "A full bar reaches from 1, as fast as X, to the throughput of E(X) over that of X. The pale bar reaches "
+            "to the ratio of their FLOPs, where all saved FLOPs would be saved time. Whiskers: "
             + "; ".join(f"{measurement.bounds} on {measurement.name}" for measurement in measurements)
             + ".",
             _draw(measurements),
@@ -46,9 +46,18 @@ def _draw(measurements: Sequence[Measurement]) -> Figure:
     height, ticks = 0.0, []
     for measurement in measurements:
         axes.annotate(
-            measurement.name, (0, height), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="center",
-            fontsize=9, color="#222222", weight="bold", zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-        )  # fmt: skip
+            measurement.name,
+            (0, height),
+            (4, 0),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color="#222222",
+            weight="bold",
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        )
         height -= 0.95
         for pair in measurement.comparisons:
             _draw_bar(axes, measurement, pair, height)

@@ -35,12 +35,18 @@ def make_section(measurements: Sequence[Measurement]) -> PaperSizesSection | Non
 
 
 def _describe(measurement: Measurement) -> str:
-    ratios = ", ".join(f"{pair.ratio} for {pair.x_name}" for pair in measurement.comparisons)
+    ratios = _format_span([pair.ratio.median for pair in measurement.comparisons])
+    fractions = _format_span([1 / pair.flop_ratio for pair in measurement.comparisons])
     name = measurement.name[0].upper() + measurement.name[1:]
     return (
-        f"{name}: E(X) runs {ratios} times as many images per second as X "
-        f"({measurement.conditions}; brackets: {measurement.bounds})."
+        f"{name}: E(X) processes {ratios} times as many images per second as X, with {fractions} of the FLOPs "
+        f"({measurement.conditions})."
     )
+
+
+def _format_span(values: Sequence[float]) -> str:
+    """Formats the lowest and the highest value, once if they are equal."""
+    return " to ".join(dict.fromkeys(_TWO_DIGITS(value) for value in (min(values), max(values))))
 
 
 def _make_table(measurements: Sequence[Measurement]) -> Table:
@@ -50,7 +56,7 @@ def _make_table(measurements: Sequence[Measurement]) -> Table:
             low, median, high = pair.ratio
             cells = (
                 Cell(pair.x_name, pair.x_name),
-                Cell(measurement.name, measurement.name),
+                Cell(measurement.short_name, measurement.short_name),
                 Cell(significant_digits(pair.x_img_per_s), pair.x_img_per_s),
                 Cell(significant_digits(pair.e_img_per_s), pair.e_img_per_s),
                 Cell(_TWO_DIGITS(median), median, format_range(low, high, _TWO_DIGITS)),
