@@ -15,6 +15,7 @@ from pipeline.reporting.figure_labels import Point, place_labels
 from pipeline.reporting.figure_style import COLORS, MARKERS, add_legend, mark_empty
 from pipeline.reporting.run_results import RunResult, group_by_seed, seed_spread
 from pipeline.reporting.speed import quartiles_of
+from pipeline.reporting.table import group_label
 
 _SAME_COST = 0.02  # of the axis: closer points are drawn side by side
 
@@ -171,8 +172,8 @@ def _plot_scatter(axes: Axes, scatter: Scatter) -> tuple[list[Point], list[tuple
 
 def _tooltip(mark: Mark, scatter: Scatter) -> str:
     """Returns what the page says about a mark."""
-    seeds = f", {len(mark.members)} seeds" if len(mark.members) > 1 else ""
-    return f"{mark.result.label}{seeds}: {scatter.xlabel} {mark.x}; {scatter.ylabel} {mark.y}"
+    name = mark.result.label if len(mark.members) == 1 else group_label(mark.members)
+    return f"{name}: {scatter.xlabel} {mark.x}; {scatter.ylabel} {mark.y}"
 
 
 def _set_scales(axes: Axes, scatter: Scatter) -> None:

@@ -109,7 +109,7 @@ def build_table(results: Sequence[RunResult]) -> Table:
         if len(members) == 1:
             rows.append(Row(members[0].run, cells))
             continue
-        name = Cell(_group_label(members), members[0].group)
+        name = Cell(group_label(members), members[0].group)
         rows.append(Row(members[0].group, (name, *cells[1:]), len(members)))
         rows += [Row(r.run, tuple(_run_cell(r, column) for _, column in columns)) for r in members]
     return Table(
@@ -129,7 +129,7 @@ def summarize_runs(results: Sequence[RunResult]) -> list[str]:
     groups = {member.run: members for members in group_by_seed(results) for member in members}
     sentences = []
     for members in group_by_seed(results):
-        first, label = members[0], members[0].label if len(members) == 1 else _group_label(members)
+        first, label = members[0], members[0].label if len(members) == 1 else group_label(members)
         flop_ratio = seed_spread(members, lambda r: r.flop_ratio)
         if flop_ratio is not None and first.baseline in groups:
             baseline = groups[first.baseline]
@@ -315,7 +315,8 @@ def _mean_cell(members: Sequence[RunResult], column: Column) -> Cell:
     return Cell(column.formatter(spread.mean), spread.mean, "" if low == high else f"{low}–{high}")
 
 
-def _group_label(members: Sequence[RunResult]) -> str:
+def group_label(members: Sequence[RunResult]) -> str:
+    """Returns the name of several seeds of a run, with the number of those that converged."""
     good = sum(member.converged for member in members)
     seeds = f"{len(members)} seeds" if good in (0, len(members)) else f"{good} of {len(members)} seeds"
     return f"{members[0].group}, {seeds}" + " †" * (good == 0)
