@@ -1,4 +1,8 @@
-"""Measures forward throughput and peak memory of all runs' models, alternating: reports/throughput.json."""
+"""Measures forward throughput and peak memory of all runs' models, alternating: reports/throughput.json.
+
+`pass_s` are the seconds of each pass. The passes of two models at one position are neighbours, so that the report can
+compare any E or H with its baseline by the ratios of neighbouring passes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,8 @@ if TYPE_CHECKING:
     from flopeq.measure.throughput import ProgressCallback
 
 OUT = Path("reports/throughput.json")
+
+_COLUMNS = ("device", "dtype", "batch_size", "img_per_s", "img_per_s_quartiles", "peak_mem_mb", "compiled")
 
 
 def run() -> None:
@@ -40,13 +46,12 @@ def run() -> None:
         dtype=getattr(torch, settings.dtype),
         compile=settings.compile,
         device="cuda" if on_gpu else "cpu",
-        on_progress=_log_new_models(len(models), settings.compile),
+        on_progress=log_new_models("throughput", len(models), settings.compile),
     )
     rows = []
     for name, result in results.items():
         row = {"run": name, "model": experiment.models[name].model}
-        kept = ("device", "dtype", "batch_size", "img_per_s", "peak_mem_mb", "compiled")
-        rows.append(row | {key: getattr(result, key) for key in kept})
+        rows.append(row | {key: getattr(result, key) for key in _COLUMNS} | {"pass_s": result.seconds})
         logging.info("%s: %.0f images/s on %s", name, result.img_per_s, result.device)
         if run_id := track.find_run_id(name):  # runs that are not trained yet are measured too
             track.log_results(
@@ -56,7 +61,7 @@ def run() -> None:
     OUT.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _log_new_models(num_models: int, compile: bool) -> ProgressCallback:
+def log_new_models(stage: str, num_models: int, compile: bool) -> ProgressCallback:
     """Returns a callback that logs each model once, before its first pass, which compiles it if `compile` is set."""
     action = "compiling and warming up" if compile else "warming up"
     started: set[str] = set()
@@ -64,7 +69,7 @@ def _log_new_models(num_models: int, compile: bool) -> ProgressCallback:
     def log_new_model(model: str, _num_done: int, _total: int) -> None:
         if model not in started:
             started.add(model)
-            logging.info("throughput: %s %s (%d of %d)", action, model, len(started), num_models)
+            logging.info("%s: %s %s (%d of %d)", stage, action, model, len(started), num_models)
 
     return log_new_model
 

@@ -118,16 +118,17 @@ def measure_table1(
     rows: Sequence[Table1Row],
     protocol: Protocol,
     device: torch.device | str,
-    path: Path,
+    path: Path | None,
     on_progress: ProgressCallback | None = None,
     image_size: tuple[int, int, int] = IMAGE_SIZE,
     build: Callable[..., torch.nn.Module] = build,
 ) -> list[ComparisonRow]:
     """Measures the rows that `path` does not yet hold for this protocol, adds them to it, and returns all `rows`.
 
-    The function replaces the whole file after each size, so the file is always complete.
+    The function replaces the whole file after each size, so the file is always complete. Without a path it measures
+    all rows and saves nothing.
     """
-    saved = {row.model: row for row in load_rows(path)}
+    saved = {row.model: row for row in load_rows(path)} if path else {}
     groups: dict[tuple[str, str], list[Table1Row]] = {}
     for row in rows:
         groups.setdefault((row.family, row.size), []).append(row)
@@ -135,8 +136,9 @@ def measure_table1(
         if all(row.model in saved and _same_protocol(saved[row.model], protocol) for row in group):
             continue
         saved |= {row.model: row for row in _measure_group(group, protocol, device, on_progress, image_size, build)}
-        order = {row.model: index for index, row in enumerate(table1())}
-        save_rows(path, sorted(saved.values(), key=lambda row: order[row.model]))
+        if path:
+            order = {row.model: index for index, row in enumerate(table1())}
+            save_rows(path, sorted(saved.values(), key=lambda row: order[row.model]))
     return [saved[row.model] for row in rows]
 
 

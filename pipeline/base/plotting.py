@@ -48,7 +48,7 @@ class RenderedFigure:
     caption: str
     png: bytes
     svg: str
-    """The `<svg>` element for the page. Its ids start with the name of the figure, so that they are unique."""
+    """The `<svg>` elements for the page. Their ids start with the name of the figure, so that they are unique."""
     csv: str
     """The plotted data, with the column names of metrics.json."""
 
@@ -59,16 +59,29 @@ def mark_gid(run: str, tooltip: str) -> str:
 
 
 def render_figure(
-    name: str, title: str, caption: str, figure: Figure, rows: Sequence[Mapping[str, Any]]
+    name: str,
+    title: str,
+    caption: str,
+    figure: Figure,
+    rows: Sequence[Mapping[str, Any]],
+    panels: Sequence[Figure] = (),
 ) -> RenderedFigure:
-    """Renders a figure in all formats. `rows` are the plotted data; their columns may differ."""
-    png, svg = io.BytesIO(), io.StringIO()
+    """Renders a figure in all formats.
+
+    Args:
+        rows: the plotted data; their columns may differ.
+        panels: the parts of the figure as figures of their own. The page shows them instead of the figure, one below
+            the other where it is too narrow.
+    """
+    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=160)
-    figure.set_layout_engine("none")  # keeps the layout of the first save; computing it takes half of the time
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    return RenderedFigure(
-        name, title, caption, png.getvalue(), _svg_element(svg.getvalue(), name, title), rows_to_csv(rows)
-    )
+    if not panels:
+        figure.set_layout_engine("none")  # keeps the layout of the first save; computing it takes half of the time
+        svg = _render_svg(figure, name, title)
+    else:
+        parts = [_render_svg(panel, f"{name}-{number}", title) for number, panel in enumerate(panels)]
+        svg = "\n".join(parts)
+    return RenderedFigure(name, title, caption, png.getvalue(), svg, rows_to_csv(rows))
 
 
 def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -79,6 +92,12 @@ def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _render_svg(figure: Figure, name: str, title: str) -> str:
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    return _svg_element(svg.getvalue(), name, title)
 
 
 def _svg_element(svg: str, name: str, title: str) -> str:

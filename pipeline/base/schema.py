@@ -194,6 +194,9 @@ class Throughput(Section):
     """Autocast dtype. `float32` turns autocast off."""
     compile: bool
     """Whether to measure with torch.compile."""
+    paper_sizes: bool
+    """Whether to measure X and E of the paper's S sizes on this machine too. It takes up to three minutes on two cores,
+    and several on a GPU, where compiling takes longer. The settings above do not apply to it."""
 
 
 class Range(Section):

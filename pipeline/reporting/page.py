@@ -17,6 +17,10 @@ from flopeq.hub.model_card import TrainedRun, render_card
 from pipeline.base.config import Experiment
 from pipeline.evaluation.statistics import NUM_DRAWS
 from pipeline.reporting import figures, sweep_sections
+from pipeline.reporting.lead import lead_sentences
+from pipeline.reporting.lead_figure import draw_lead_figure
+from pipeline.reporting.paper_sizes import load_measurements
+from pipeline.reporting.paper_sizes_section import make_section
 from pipeline.reporting.run_results import RunResult
 from pipeline.reporting.table import (
     Table,
@@ -44,31 +48,41 @@ def write_report(
     reports: Path = Path("reports"),
     sweeps: Path = Path("sweeps"),
     outputs: Path = Path("outputs"),
+    measured: Path = Path("results"),
     runs_url: str | None = None,
     run_urls: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Table, Path]:
     """Writes everything into `reports`. Returns the table and the page's path.
 
     Args:
+        measured: the folder of committed measurements, of which the report shows those of GPUs.
         runs_url: address of all runs in MLflow.
         run_urls: address of each run in MLflow, by its MLflow id.
     """
     table = build_table(results)
     rendered_figures = figures.draw_figures(results, flop_unit(results), param_unit(results))
+    lead_figure = draw_lead_figure(results, flop_unit(results))
+    measurements = load_measurements(reports, measured)
+    paper_sizes = make_section(measurements)
     sections = sweep_sections.load_sections(sweeps)
     for folder in ("figures", "cards"):
         (reports / folder).mkdir(parents=True, exist_ok=True)
-    for figure in (*rendered_figures, *(figure for section in sections for figure in section.figures)):
+    more_figures = [figure for section in sections for figure in section.figures]
+    more_figures += [paper_sizes.figure] if paper_sizes else []
+    for figure in (lead_figure, *rendered_figures, *more_figures):
         (reports / "figures" / f"{figure.name}.png").write_bytes(figure.png)
         (reports / "figures" / f"{figure.name}.csv").write_text(figure.csv, encoding="utf-8")
     for result in results:
         card_path(result, reports).write_text(render_run_card(result, experiment, outputs), encoding="utf-8")
     content = {
         "title": f"flopeq: {experiment.tracking.experiment}",
+        "lead": [*lead_sentences(results, measurements), *symmetry_notes(experiment)],
+        "lead_figure": lead_figure,
+        "paper_sizes": paper_sizes,
         "table": table,
         "links": {result.run: run_links(result, reports, outputs, run_urls) for result in results},
         "runs": runs_url and Link("runs in MLflow", runs_url, f"all side by side{_local_ui_hint(runs_url)}"),
-        "summary": [*symmetry_notes(experiment), *summarize_runs(results)],
+        "summary": summarize_runs(results),
         "notes": measurement_notes(experiment, results),
         "figures": rendered_figures,
         "sweeps": sections,
@@ -159,9 +173,9 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         "the largest relative change of the logits under mirroring.",
         f"Throughput: forward passes without gradients, {'; '.join(sorted(settings)) or 'not measured'}; the "
         f"median of {experiment.throughput.runs} passes after {experiment.throughput.warmup} warm-up passes, "
-        "alternating between the models.",
-        "Throughput ratio: E or H over X. FLOP ratio: X over E or H. Share: the first over the second, the "
-        "fraction of the saved FLOPs that becomes speed.",
+        "alternating between the models. Small figures below are the quartiles of the passes.",
+        "Throughput ratio: E or H over X, the median of the ratios of neighbouring passes, with their quartiles. FLOP "
+        "ratio: X over E or H. Share: the first over the second, the fraction of the saved FLOPs that becomes speed.",
         f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
     ]
     if any(result.top1_interval for result in results):

@@ -25,6 +25,7 @@ from pipeline.evaluation.pairing import Comparison
 from pipeline.evaluation.predictions import ImageHits
 from pipeline.evaluation.statistics import Interval
 from pipeline.reporting import baselines
+from pipeline.reporting.speed import Quartiles, quartiles_of, ratios_of_passes, with_quartiles
 
 METRIC_NAMES = (
     "val/top1_pct",
@@ -81,8 +82,8 @@ class RunResult:
     """The content of run.json."""
     hits: ImageHits | None = field(repr=False, compare=False)
     """The validation images that the run classifies correctly; None without predictions.parquet."""
-    throughput_ratio: float | None = None
-    """Images per second over the baseline's."""
+    throughput_ratios: tuple[float, ...] = ()
+    """Images per second over the baseline's, for each pair of neighbouring passes."""
     flop_ratio: float | None = None
     """The baseline's FLOPs over this run's."""
     minus_baseline: Comparison | None = None
@@ -116,6 +117,25 @@ class RunResult:
         return self.throughput.get("img_per_s")
 
     @property
+    def throughput_quartiles(self) -> Quartiles | None:
+        """Images per second."""
+        if self.img_per_s is None:
+            return None
+        first, third = self.throughput["img_per_s_quartiles"]
+        return Quartiles(first, self.img_per_s, third)
+
+    @property
+    def ms_per_img(self) -> list[float]:
+        """Milliseconds per image of each timed pass."""
+        return [1000 * seconds / self.throughput["batch_size"] for seconds in self.throughput.get("pass_s", ())]
+
+    @property
+    def throughput_ratio(self) -> float | None:
+        """Median of `throughput_ratios`."""
+        found = quartiles_of(self.throughput_ratios)
+        return found and found.median
+
+    @property
     def mlflow_run_id(self) -> str | None:
         return self.run_info.get("mlflow_run_id")
 
@@ -143,9 +163,9 @@ class RunResult:
             "complexity/params_m": self.params and self.params / 1e6,
             "complexity/gflops": self.flops and self.flops / 1e9,
             "complexity/gmacs": self.macs and self.macs / 1e9,
-            "perf/forward_img_per_s": self.img_per_s,
+            **with_quartiles("perf/forward_img_per_s", self.throughput_quartiles),
             "perf/peak_mem_mb": self.throughput.get("peak_mem_mb"),
-            "perf/throughput_ratio": self.throughput_ratio,
+            **with_quartiles("perf/throughput_ratio", quartiles_of(self.throughput_ratios)),
             "complexity/flop_ratio": self.flop_ratio,
             "perf/share": self.share,
             **_difference_metrics("difference/to_x", self.minus_baseline),
@@ -224,6 +244,11 @@ def seed_spread(members: Sequence[RunResult], value: Callable[[RunResult], float
     return SeedSpread(sum(known) / len(known), min(known), max(known), len(known)) if known else None
 
 
+def pooled_throughput_ratio(members: Sequence[RunResult]) -> Quartiles | None:
+    """Returns the throughput over the baseline's, over the passes of all seeds, which compute the same function."""
+    return quartiles_of([ratio for member in members for ratio in member.throughput_ratios])
+
+
 def _load_result(
     experiment: Experiment, name: str, folder: Path, complexity: Mapping[str, Any], throughput: Mapping[str, Any]
 ) -> RunResult:
@@ -261,11 +286,9 @@ def _load_result(
 def _add_ratios(result: RunResult, baseline: RunResult | None) -> RunResult:
     if baseline is None:
         return result
-    conditions = ("device", "dtype", "batch_size", "compiled")
-    same_conditions = all(result.throughput.get(key) == baseline.throughput.get(key) for key in conditions)
     return replace(
         result,
-        throughput_ratio=_ratio(result.img_per_s, baseline.img_per_s) if same_conditions else None,
+        throughput_ratios=ratios_of_passes(result.throughput, baseline.throughput),
         flop_ratio=_ratio(baseline.flops, result.flops),
     )
 

@@ -10,7 +10,15 @@ from typing import NamedTuple
 from flopeq.measure.paper import Table1Row
 from pipeline.evaluation.pairing import Comparison
 from pipeline.evaluation.statistics import Interval
-from pipeline.reporting.run_results import FURTHER_METRICS, PooledSeeds, RunResult, group_by_seed, seed_spread
+from pipeline.reporting.run_results import (
+    FURTHER_METRICS,
+    PooledSeeds,
+    RunResult,
+    group_by_seed,
+    pooled_throughput_ratio,
+    seed_spread,
+)
+from pipeline.reporting.speed import Quartiles, quartiles_of
 
 MISSING = "–"
 
@@ -101,7 +109,7 @@ def build_table(results: Sequence[RunResult]) -> Table:
         if len(members) == 1:
             rows.append(Row(members[0].run, cells))
             continue
-        name = Cell(_group_label(members), members[0].group)
+        name = Cell(group_label(members), members[0].group)
         rows.append(Row(members[0].group, (name, *cells[1:]), len(members)))
         rows += [Row(r.run, tuple(_run_cell(r, column) for _, column in columns)) for r in members]
     return Table(
@@ -121,13 +129,13 @@ def summarize_runs(results: Sequence[RunResult]) -> list[str]:
     groups = {member.run: members for members in group_by_seed(results) for member in members}
     sentences = []
     for members in group_by_seed(results):
-        first, label = members[0], members[0].label if len(members) == 1 else _group_label(members)
+        first, label = members[0], members[0].label if len(members) == 1 else group_label(members)
         flop_ratio = seed_spread(members, lambda r: r.flop_ratio)
         if flop_ratio is not None and first.baseline in groups:
             baseline = groups[first.baseline]
             phrases = [f"{1 / flop_ratio.mean:.2f} of the FLOPs of {baseline[0].group}"]
-            if faster := seed_spread(members, lambda r: r.throughput_ratio):
-                phrases.append(f"{faster.mean:.2f} times its throughput")
+            if faster := pooled_throughput_ratio(members):
+                phrases.append(f"{faster} times its throughput")
             phrases += _compare_top1(members, baseline, first.pooled and first.pooled.minus_baseline)
             sentences.append(f"{label}: {', '.join(phrases)}.")
         if first.own_recipe_run in groups:
@@ -229,8 +237,10 @@ def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, Column]]
             "equivariance error": Column(lambda r: r.metrics.get("equivariance/max_rel_error"), format_error),
         },
         "speed": {
-            "images/s": Column(lambda r: r.img_per_s, fixed_point(0)),
-            "throughput ratio": Column(lambda r: r.throughput_ratio, fixed_point(2)),
+            "images/s": Column(lambda r: r.img_per_s, fixed_point(0), lambda r: _bounds(r.throughput_quartiles)),
+            "throughput ratio": Column(
+                lambda r: r.throughput_ratio, fixed_point(2), lambda r: _bounds(quartiles_of(r.throughput_ratios))
+            ),
             "FLOP ratio": Column(lambda r: r.flop_ratio, fixed_point(2)),
             "share %": Column(lambda r: r.share and 100 * r.share, fixed_point(0)),
         },
@@ -247,6 +257,10 @@ def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, Column]]
             "images/s, A100": Column(lambda r: r.paper and r.paper.throughput_a100_im_s, fixed_point(0)),
         }
     return groups
+
+
+def _bounds(found: Quartiles | None) -> Interval | None:
+    return found and Interval(found.first, found.third)
 
 
 def _difference_columns() -> dict[str, Column]:
@@ -304,7 +318,8 @@ def _mean_cell(members: Sequence[RunResult], column: Column) -> Cell:
     return Cell(column.formatter(spread.mean), spread.mean, "" if low == high else f"{low}–{high}")
 
 
-def _group_label(members: Sequence[RunResult]) -> str:
+def group_label(members: Sequence[RunResult]) -> str:
+    """Returns the name of several seeds of a run, with the number of those that converged."""
     good = sum(member.converged for member in members)
     seeds = f"{len(members)} seeds" if good in (0, len(members)) else f"{good} of {len(members)} seeds"
     return f"{members[0].group}, {seeds}" + " †" * (good == 0)

@@ -30,6 +30,10 @@ FLOPS = {"X": 2.2e6, "H": 1.7e6, "E": 1.2e6}
 SPEED = {"X": 20_000.0, "H": 22_000.0, "E": 24_000.0}
 
 
+SPEED_OF_PASSES = {"X": (0.9, 1.0, 1.1), "H": (0.9, 1.0, 1.1), "E": (0.9, 1.0, 1.155)}
+"""Times SPEED. The ratios of E to X in neighbouring passes are 1, 1 and 1.05 times the ratio of their speeds."""
+
+
 TOP1 = {
     "vit": 98.6,
     "h-vit": 98.3,
@@ -88,6 +92,8 @@ def write_fake_study(folder: Path, changes: dict[str, Any] | None = None) -> con
                 "dtype": "float32",
                 "batch_size": 64,
                 "img_per_s": SPEED[variant] / scale,
+                "img_per_s_quartiles": [0.9 * SPEED[variant] / scale, 1.1 * SPEED[variant] / scale],
+                "pass_s": [64 * scale / (factor * SPEED[variant]) for factor in SPEED_OF_PASSES[variant]],
                 "peak_mem_mb": None,
                 "compiled": True,
             }

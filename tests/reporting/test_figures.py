@@ -1,33 +1,98 @@
-"""Details of the report's figures."""
+"""What the report's figures draw, and where."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.reporting import figures
+from pipeline.reporting import scatter
+from pipeline.reporting.run_results import RunResult
+from pipeline.reporting.scatter import Estimate, Mark, Scatter, draw_panels
 from tests.reporting.conftest import load_results, write_fake_study
 
 
+@pytest.fixture
+def results(tmp_path: Path) -> list[RunResult]:
+    return list(load_results(tmp_path, write_fake_study(tmp_path)).values())
+
+
+def exact(value: float) -> Estimate:
+    return Estimate(value, value, value)
+
+
+def mark(result: RunResult, x: float, y: float | Estimate, label: str = "") -> Mark:
+    return Mark([result], exact(x), y if isinstance(y, Estimate) else exact(y), label)
+
+
+def lines_of(axes: Axes) -> list[tuple[Sequence[float], Sequence[float]]]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]  # pyright: ignore[reportArgumentType]
+
+
+def drawn_axes(drawn: Scatter) -> Axes:
+    return draw_panels(drawn).axes[0]
+
+
 @pytest.mark.parametrize("top1", [[97.0, 97.0], [99.5, 98.0], [100.0, 100.0]])
-def test_a_percent_axis_ends_at_100(top1):
-    axes = Figure().subplots()
-    axes.plot([1, 2], top1)
-    axes.margins(y=0.5)
-    assert axes.get_ylim()[1] > 100
-    figures._end_at_100(axes)
-    low, high = axes.get_ylim()
+def test_a_percent_axis_ends_at_100(results, top1):
+    marks = [mark(result, x, y) for result, x, y in zip(results, (1, 2), top1, strict=False)]
+    assert drawn_axes(Scatter(marks, "x", "y")).get_ylim()[1] > 100
+    low, high = drawn_axes(Scatter(marks, "x", "y", percent=True)).get_ylim()
     assert low < min(top1) and high == 100
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.2, 5.0])
-def test_labels_stay_clear_of_each_other(tmp_path: Path, spread: float) -> None:
-    results = list(load_results(tmp_path, write_fake_study(tmp_path)).values())
-    places = {result.run: 90 + spread * number for number, result in enumerate(results)}
-    figure = figures.scatter(results, lambda r: (r.flops or 0) / 1e6, lambda r: places[r.run], "x", "y")
+def test_labels_stay_clear_of_each_other(results, spread: float) -> None:
+    marks = [
+        mark(result, (result.flops or 0) / 1e6, 90 + spread * number, result.run)
+        for number, result in enumerate(results)
+    ]
+    figure = draw_panels(Scatter(marks, "x", "y"))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == len(results)
     assert not any(a.overlaps(b) for number, a in enumerate(boxes) for b in boxes[:number])
+
+
+def test_x_is_joined_to_its_e_and_more_lightly_to_its_h(results):
+    places = {"vit": (2.0, 90.0), "e-vit": (1.0, 80.0), "h-vit": (1.5, 85.0)}
+    by_run = {result.run: result for result in results}
+    axes = drawn_axes(Scatter([mark(by_run[run], *at) for run, at in places.items()], "x", "y", join=True))
+    joined = {
+        (tuple(line.get_xdata()), tuple(line.get_ydata())): line.get_linewidth() * (line.get_alpha() or 1)
+        for line in axes.lines
+        if len(line.get_xdata()) == 2  # pyright: ignore[reportArgumentType]
+    }
+    to_e, to_h = joined[(2.0, 1.0), (90.0, 80.0)], joined[(2.0, 1.5), (90.0, 85.0)]
+    assert len(joined) == 2 and to_e > to_h
+
+
+def test_intervals_of_both_axes_are_bars(results):
+    [found] = [Mark([results[0]], Estimate(5, 4, 7), Estimate(90, 85, 92))]
+    lines = lines_of(drawn_axes(Scatter([found], "x", "y")))
+    assert ([5, 5], [85, 92]) in lines and ([4, 7], [90, 90]) in lines
+    without = lines_of(drawn_axes(Scatter([mark(results[0], 5, 90)], "x", "y")))
+    assert without == [([5], [90])]
+
+
+def test_points_whose_intervals_would_cover_each_other_stand_side_by_side(results):
+    same = [mark(result, 2.0, Estimate(90, 80, 95)) for result in results[:3]]
+    far = mark(results[3], 1.0, Estimate(90, 80, 95))
+    xs = [x[0] for x, _ in lines_of(drawn_axes(Scatter([*same, far], "x", "y", from_zero=True))) if len(x) == 1]
+    assert xs[0] == pytest.approx(2.0) and xs[3] == pytest.approx(1.0)
+    steps = [b - a for a, b in zip(xs[:2], xs[1:3], strict=True)]
+    assert steps == [pytest.approx(scatter._SIDE_STEP * 2.0 * 1.16)] * 2
+
+
+def test_an_axis_of_more_than_a_decade_is_logarithmic(results):
+    wide = [mark(result, x, 90 + x) for result, x in zip(results, (1, 20), strict=False)]
+    assert drawn_axes(Scatter(wide, "x", "y", from_zero=True)).get_xscale() == "log"
+    assert drawn_axes(Scatter(wide[:1], "x", "y", from_zero=True)).get_xlim()[0] == 0
+
+
+def test_a_figure_without_runs_says_so():
+    figure = draw_panels(Scatter([], "x", "y"))
+    assert isinstance(figure, Figure) and [text.get_text() for text in figure.axes[0].texts] == ["nothing measured"]

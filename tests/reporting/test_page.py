@@ -60,10 +60,10 @@ def test_page_is_self_contained_and_the_same_for_the_same_numbers(written: Writt
     assert content == _write(written.folder, written.experiment, written.results)
     assert not re.search(r"\bsrc=|@import|url\((?!#)|<link", content)
     ids = re.findall(r'\bid="([^"]*)"', content)
-    assert len(ids) == len(set(ids)) and content.count("<svg ") == 4
+    assert len(ids) == len(set(ids)) and content.count("<svg ") == 5, "the lead has two panels"
     assert set(re.findall(r'(?:href="|url\()#([\w-]+)', content)) <= set(ids)
     pngs = {path.stem for path in (written.reports / "figures").glob("*.png")}
-    assert pngs == {"accuracy_vs_flops", "flops_vs_params", "throughput_gain", "training_curves"}
+    assert pngs == {"accuracy_vs_cost", "flops_vs_params", "throughput_gain", "training_curves"}
     assert (written.reports / "report.md").read_text().count("\n| ") == 2 + len(written.results)
 
 
@@ -74,9 +74,9 @@ def test_every_link_leads_somewhere_and_every_figure_has_its_data(written: Writt
     assert all((written.reports / file).resolve().is_file() for file in files)
     assert {"../outputs/vit/config.yaml", "../outputs/vit/weights.safetensors", "cards/e-vit.md"} <= set(files)
     assert "../outputs/e-vit/config.yaml" not in files
-    for name in ("accuracy_vs_flops", "flops_vs_params", "throughput_gain", "training_curves"):
+    for name in ("accuracy_vs_cost", "flops_vs_params", "throughput_gain", "training_curves"):
         assert {f"figures/{name}.csv", f"figures/{name}.png"} <= set(files)
-    with (written.reports / "figures/accuracy_vs_flops.csv").open(newline="") as file:
+    with (written.reports / "figures/accuracy_vs_cost.csv").open(newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert {run: float(row["val/top1_pct"]) for run, row in rows.items()} == TOP1
     assert float(rows["e-vit"]["complexity/gflops"]) == 0.0012
@@ -90,7 +90,11 @@ def test_table_can_be_sorted_and_marks_say_what_they_are_without_a_script(writte
     assert re.search(r'data-order="98\.6">98\.6<', content)
     marks = re.findall(r'<g class="mark" data-run="([^"]+)"><title>([^<]+)</title>', content)
     assert {run for run, _ in marks} == set(TOP1)
-    assert ("e-vit", "e-vit: MFLOPs per image 1.2; validation top-1 (%) 96.1") in marks
+    assert ("e-vit", "e-vit: MFLOPs per image 1.2; validation top-1 (%) 96.1 (94.71 to 97.13)") in marks
+    assert (
+        "vit",
+        "vit: µs per image, measured 50 (47.73 to 52.78); validation top-1 (%) 98.6 (97.66 to 99.17)",
+    ) in marks
 
 
 def test_names_that_look_like_markup_are_text(written: Written) -> None:

@@ -1,0 +1,79 @@
+"""The paragraph at the top of the report: what E(X) costs and reaches against X, and what the figures cannot show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.evaluation.pairing import Comparison
+from pipeline.reporting.lead_figure import short_name
+from pipeline.reporting.paper_sizes import Measurement
+from pipeline.reporting.run_results import RunResult, group_by_seed, pooled_throughput_ratio
+from pipeline.reporting.table import signed
+
+_SMALL_FLOPS = 1e9  # the smallest of the paper's networks, E(ViT-S), takes 2.6e9
+
+
+def lead_sentences(results: Sequence[RunResult], measurements: Sequence[Measurement]) -> list[str]:
+    """Returns the sentences of the paragraph; none without an E that has an X. Runs with tuned recipes are left out.
+
+    Args:
+        measurements: those of the paper's sizes, which the report shows below.
+    """
+    results = [result for result in results if result.own_recipe_run is None]
+    equivariant = [
+        members for members in group_by_seed(results) if members[0].variant == "E" and members[0].baseline is not None
+    ]
+    pairs = {_pair_name(members, equivariant, results): members for members in equivariant}
+    if not pairs:
+        return []
+    sentences = [*_compare_flops(pairs), *_compare_top1(pairs), *_compare_speed(pairs)]
+    if all(result.flops is not None and result.flops < _SMALL_FLOPS for result in results):
+        below = ", which is measured below" * bool(measurements)
+        sentences.append(f"Networks of this size say nothing about the speed of the paper's networks{below}.")
+    return sentences
+
+
+Pairs = dict[str, list[RunResult]]
+"""All seeds of each E by the name of the pair."""
+
+
+def _compare_flops(pairs: Pairs) -> list[str]:
+    fractions = sorted(1 / members[0].flop_ratio for members in pairs.values() if members[0].flop_ratio)
+    if not fractions:
+        return []
+    span = dict.fromkeys(f"{fraction:.2f}" for fraction in (fractions[0], fractions[-1]))
+    return [f"E(X) takes {' to '.join(span)} of the FLOPs of X."]
+
+
+def _compare_top1(pairs: Pairs) -> list[str]:
+    compared = [
+        f"{name} {_describe_difference(pooled.minus_baseline)}"
+        for name, members in pairs.items()
+        if (pooled := members[0].pooled) and pooled.minus_baseline
+    ]
+    if not compared:
+        return []
+    return [f"Top-1 of E(X) minus that of X, in points with its 95% interval: {'; '.join(compared)}."]
+
+
+def _compare_speed(pairs: Pairs) -> list[str]:
+    ratios = [f"{name} {ratio}" for name, members in pairs.items() if (ratio := pooled_throughput_ratio(members))]
+    if not ratios:
+        return []
+    conditions = next(members[0].throughput_conditions for members in pairs.values() if members[0].throughput_ratios)
+    return [f"Images per second of E(X) over those of X, with quartiles: {'; '.join(ratios)} ({conditions})."]
+
+
+def _pair_name(
+    members: Sequence[RunResult], equivariant: Sequence[Sequence[RunResult]], results: Sequence[RunResult]
+) -> str:
+    """Returns the name of X, or of E if X has several."""
+    baseline = next(result for result in results if result.run == members[0].baseline)
+    groups = {result.run: result.group for result in results}
+    same = [other for other in equivariant if groups.get(other[0].baseline or "") == baseline.group]
+    return short_name(baseline if len(same) == 1 else members[0], results)
+
+
+def _describe_difference(comparison: Comparison) -> str:
+    low, high = comparison.interval
+    return f"{signed(comparison.difference_pct)} ({signed(low)} to {signed(high)}), {comparison.verdict}"
