@@ -141,7 +141,9 @@ class SweepReporter:
     def _summary(self) -> str:
         eta_s = self._eta_s()
         states = ", ".join(f"{count} {state}" for state, count in self._states.items())
-        return f"[{states} of at most {self._num_trials}{'' if eta_s is None else f'; about {eta_s:.0f} s left'}]"
+        return (
+            f"[{states} of at most {self._num_trials}{'' if eta_s is None else f'; at most about {eta_s:.0f} s left'}]"
+        )
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
