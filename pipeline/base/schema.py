@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -287,11 +287,12 @@ class RecipeSweepParams(SweepParams):
     the recipe with the first of these seeds. They show whether the ranking of the search carries over. Fewer than 4 are
     too few to show it."""
 
-    @model_validator(mode="after")
-    def _check_confirm_seeds(self) -> RecipeSweepParams:
-        if self.confirm_seeds in (1, 2):
-            raise ValueError(f"confirm_seeds: {self.confirm_seeds} can never show a gain: give 0, or at least 3")
-        return self
+    @field_validator("confirm_seeds")
+    @classmethod
+    def _check_confirm_seeds(cls, value: int) -> int:
+        if value in (1, 2):
+            raise ValueError("so few seeds can never show a gain: give 0, or at least 3")
+        return value
 
 
 class HybridSweepParams(SweepParams):

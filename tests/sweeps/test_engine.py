@@ -87,6 +87,12 @@ def test_a_sweep_names_runs_with_recipes_of_their_own(load: Callable[..., config
         load(runs=["vit-tuned"], own_space={})
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_confirmation_that_can_find_nothing_is_refused(load: Callable[..., config.Experiment], seeds: int) -> None:
+    with pytest.raises(ConfigError, match="confirm_seeds: .* give 0, or at least 3"):
+        load(confirm_seeds=seeds)
+
+
 @pytest.mark.parametrize("searcher", ["optuna", "random", "grid"])
 def test_the_same_seed_and_space_suggest_the_same(searcher: str) -> None:
     of = {name: schema.Range(**values) for name, values in SPACE.items()}
