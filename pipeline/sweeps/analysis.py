@@ -126,7 +126,7 @@ def describe_ranking(finding: Mapping[str, Any]) -> str:
     ranking, num_ranked = finding["ranking"], len(finding["ranking"]["configurations"])
     epochs = f"{finding['search_epochs']} and {finding['full_epochs']} epochs"
     if ranking["coefficient"] is None:
-        return f"Top-1 after {epochs} has no rank correlation, with {num_ranked} configurations or equal values"
+        return f"Top-1 after {epochs} cannot be rank-correlated: {num_ranked} configurations, too few or equal"
     correlation = RankCorrelation(ranking["coefficient"], ranking["p_value"], num_ranked)
     figures = f"is {correlation.coefficient:.2f} over {num_ranked} configurations"
     return f"Spearman's rank correlation of top-1 after {epochs} {figures}" + (

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from pipeline.base.files import read_json
 from pipeline.base.plotting import MATPLOTLIB_STYLE, RenderedFigure, mark_gid, render_figure
+from pipeline.sweeps.analysis import MIN_RANKED
 
 IMPORTANCE_METHOD = "fANOVA"
 """Whose measure of importance it is."""
@@ -139,8 +140,10 @@ def _plot_ranking(rows: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for color, (run, found) in zip(_COLORS * len(findings), findings.items(), strict=False):
-        coefficient = found["ranking"] and found["ranking"]["coefficient"]
-        axes.plot([], [], "o", color=color, label=run if coefficient is None else f"{run}, Spearman {coefficient:.2f}")
+        ranking = found["ranking"] or {"configurations": [], "coefficient": None}
+        is_known = ranking["coefficient"] is not None and len(ranking["configurations"]) >= MIN_RANKED
+        correlation = f", Spearman {ranking['coefficient']:.2f}" if is_known else ""
+        axes.plot([], [], "o", color=color, label=f"{run}{correlation}")
         for row in (row for row in rows if row["run"] == run):
             x, y = row["search_top1_pct"], row["full_top1_pct"]
             description = f"{row['trial']}: top-1 {x:.1f}% in the search, {y:.1f}% at full length"

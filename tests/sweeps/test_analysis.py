@@ -108,7 +108,7 @@ def test_a_finding_says_which_recipe_goes_on(changes: dict, words: str) -> None:
         (4, 1.0, 1 / 24, "8 and 60 epochs is 1.00 over 4 configurations (p = 0.04): the ranking carries over"),
         (4, 0.8, 4 / 24, "(p = 0.17), which does not show that the ranking carries over"),
         (60, 0.3, 0.01, "(p = 0.01), which does not show that the ranking carries over"),
-        (2, None, None, "no rank correlation"),
+        (2, None, None, "cannot be rank-correlated: 2 configurations, too few or equal"),
     ],
 )
 def test_a_finding_says_whether_the_ranking_carries_over(
