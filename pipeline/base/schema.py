@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -253,10 +253,11 @@ class SweepParams(Section):
     runs: tuple[str, ...]
     """Names of the runs to sweep, which are keys of `models`."""
     seeds: PositiveInt
-    """Number of seeds per configuration: the seed of the run and the ones that follow it."""
+    """Number of seeds per configuration: the seed of the run and the ones that follow it. The hybrid sweep needs at
+    least 3 to tell splits apart."""
     epochs: PositiveInt | None
-    """Number of epochs per trial. Warm-up and cooldown are shortened in proportion. None uses the epochs of the
-    recipe."""
+    """Number of epochs per trial, except in a confirmation. Warm-up and cooldown are shortened in proportion. None uses
+    the epochs of the recipe."""
     proxy: ProxyParams | None
     """A cheaper substitute for the data set that trials train on. None trains on the whole data set."""
     workers: PositiveInt
@@ -288,8 +289,21 @@ class RecipeSweepParams(SweepParams):
     asha: AshaParams | None
     """Early stopping of trials with ASHA. None never stops a trial early."""
     confirm_seeds: Annotated[int, Field(ge=0)]
-    """Number of further seeds on which to compare the best configuration with the recipe of the run. 0 skips this
-    confirmation."""
+    """Maximum number of new seeds with which the best configuration and the recipe of the run are trained for all
+    epochs of the recipe, one seed at a time. The best configuration replaces the recipe of the run only if it is better
+    by the one-sided Mann-Whitney test at 5 %, for which at least 3 seeds are needed. 0 skips this confirmation, and
+    every run keeps its own recipe."""
+    rank_configs: Annotated[int, Field(ge=2)]
+    """Number of configurations, including the recipe of the run and the best one, that are trained for all epochs of
+    the recipe with the first of these seeds. They show whether the ranking of the search carries over. Fewer than 4 are
+    too few to show it."""
+
+    @field_validator("confirm_seeds")
+    @classmethod
+    def _check_confirm_seeds(cls, value: int) -> int:
+        if value in (1, 2):
+            raise ValueError("so few seeds can never show a gain: give 0, or at least 3")
+        return value
 
 
 class HybridSweepParams(SweepParams):

@@ -40,22 +40,22 @@ def _recipe_section(findings: Mapping[str, Any], rendered_figures: tuple[Rendere
     rows = []
     for run, found in findings.items():
         states = ", ".join(f"{count} {state}" for state, count in found["states"].items() if count)
-        for side, word in (("own", "own recipe"), ("best", "best found")):
-            if found[side] is None:
+        for side, word in (("own", "own recipe"), ("best", "best of the search")):
+            if found[side] is None or found[side].get("is_own"):
                 continue
-            confirmed_top1 = [
-                value for value in found["confirmed"]["start" if side == "own" else "best"] if value is not None
-            ]
+            full_top1 = [value for value in found["confirmed"][side] if value is not None]
+            is_used = found["is_confirmed"] == (side == "best")
             rows.append(
                 (
                     f"{run}, {word}",
                     _format_top1(found[side]["top1_pct"]),
-                    format_top1_range(confirmed_top1) if confirmed_top1 else MISSING,
+                    format_top1_range(full_top1) if full_top1 else MISSING,
+                    "yes" if is_used else "no",
                     *(_format_value(found[side]["params"].get(field)) for field in fields),
                     states if side == "own" else "",
                 )
             )
-    columns = ("run", "top-1, search", "top-1, further seeds", *fields, "trials")
+    columns = ("run", "top-1, search", "top-1, new seeds, all epochs", "handed on", *fields, "trials")
     sentences = tuple(f"{run}: {describe_recipe_finding(found)}." for run, found in findings.items())
     return SweepSection("Recipe sweep", sentences, _table(columns, rows), rendered_figures)
 

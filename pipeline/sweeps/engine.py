@@ -49,12 +49,16 @@ TUNE_ENV = {
 
 
 def run_sweep(
-    sweep: Sweep, plans: Mapping[str, TrialPlan], *, num_trials: int, asha: AshaParams | None = None
+    sweep: Sweep,
+    plans: Mapping[str, TrialPlan],
+    *,
+    planned: Sequence[tuple[int, TrialSpec]],
+    asha: AshaParams | None = None,
 ) -> tuple[dict[str, list[TrialOutcome]], SweepReporter]:
     """Trains the trials of the plans. Returns each plan's outcomes, in the order of its trials, and the open reporter.
 
     Args:
-        num_trials: maximum number of trials, for the progress display.
+        planned: maximum numbers of trials, each with a sample of these trials, for the progress display.
         asha: when to stop trials early; None: never.
     Raises: before anything starts, ClusterError if the cluster is too small for a trial, and BusyError if another
         process runs this sweep.
@@ -73,7 +77,7 @@ def run_sweep(
         "gpu": gpu,
         "storage": f"{storage}/sweeps/{sweep.name}" if "://" in storage else str(trials_dir),
     }
-    reporter = SweepReporter(sweep, num_trials, num_concurrent)
+    reporter = SweepReporter(sweep, planned, num_concurrent)
     searcher = PlanSearcher(plans, shared_config, reporter, trials_dir)
     trial_resources = worker_resources if workers == 1 else _DRIVER_RESOURCES
     os.environ.update({**TUNE_ENV, **os.environ})

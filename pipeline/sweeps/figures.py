@@ -14,15 +14,20 @@ from matplotlib.lines import Line2D
 
 from pipeline.base.files import read_json
 from pipeline.base.plotting import MATPLOTLIB_STYLE, RenderedFigure, mark_gid, render_figure
+from pipeline.sweeps.analysis import MIN_RANKED
 
 IMPORTANCE_METHOD = "fANOVA"
 """Whose measure of importance it is."""
+
+_EPOCHS = ("search_epochs", "full_epochs")
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 
 
 def draw_recipe_sweep(folder: Path) -> list[RenderedFigure]:
-    """Of the recipe sweep: history, parameter importance and parallel coordinates; none where nothing was swept."""
+    """Of the recipe sweep: history, full-length training against the search, parameter importance and parallel
+    coordinates; none where nothing was swept.
+    """
     findings = read_json(folder / "findings.json", {})
     trials = _load_trials(folder / "trials.csv")
     if not findings or not trials:
@@ -33,11 +38,12 @@ def draw_recipe_sweep(folder: Path) -> list[RenderedFigure]:
                 "sweep_history",
                 "Recipe sweep: history",
                 "Best validation top-1 of every trial in the order of the plan; the line is the best so far among "
-                "those trained to their end. Hollow: stopped early; crosses: diverged or failed; squares: under "
-                "further seeds.",
+                "those of the search trained to their end. Hollow: stopped early; crosses: diverged or failed; "
+                "squares: the confirmation, with new seeds and all epochs of the recipe.",
                 _plot_history(trials, list(findings)),
                 trials,
             ),
+            *_draw_ranking(findings),
             render_figure(
                 "sweep_importance",
                 "Recipe sweep: parameter importance",
@@ -60,6 +66,29 @@ def draw_recipe_sweep(folder: Path) -> list[RenderedFigure]:
                 [trial for trial in trials if not trial["confirms"]],
             ),
         ]
+
+
+def _draw_ranking(findings: Mapping[str, Any]) -> list[RenderedFigure]:
+    """Full-length training against the search; none without a confirmation."""
+    rows = [
+        {"run": run, **configuration}
+        for run, found in findings.items()
+        if found["ranking"]
+        for configuration in found["ranking"]["configurations"]
+    ]
+    if not rows:
+        return []
+    return [
+        render_figure(
+            "sweep_ranking",
+            "Recipe sweep: search and full length",
+            "Validation top-1 of a configuration in the search and when it is trained for all epochs of the recipe, "
+            "with a new seed. Where the search's ranking carries over, the points rise from left to right. "
+            "Squares: the run's own recipe.",
+            _plot_ranking(rows, findings),
+            rows,
+        )
+    ]
 
 
 def draw_hybrid_sweep(folder: Path) -> list[RenderedFigure]:
@@ -103,6 +132,28 @@ def _plot_history(trials: Sequence[Mapping[str, Any]], runs: Sequence[str]) -> F
         if line:
             axes.plot(*zip(*line, strict=True), color=color, label=run, drawstyle="steps-post", alpha=0.6)
     axes.set(xlabel="trial", ylabel="validation top-1 (%)")
+    axes.legend()
+    return figure
+
+
+def _plot_ranking(rows: Sequence[Mapping[str, Any]], findings: Mapping[str, Any]) -> Figure:
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for color, (run, found) in zip(_COLORS * len(findings), findings.items(), strict=False):
+        ranking = found["ranking"] or {"configurations": [], "coefficient": None}
+        is_known = ranking["coefficient"] is not None and len(ranking["configurations"]) >= MIN_RANKED
+        correlation = f", Spearman {ranking['coefficient']:.2f}" if is_known else ""
+        axes.plot([], [], "o", color=color, label=f"{run}{correlation}")
+        for row in (row for row in rows if row["run"] == run):
+            x, y = row["search_top1_pct"], row["full_top1_pct"]
+            description = f"{row['trial']}: top-1 {x:.1f}% in the search, {y:.1f}% at full length"
+            axes.plot(x, y, "s" if row["is_own"] else "o", color=color, gid=mark_gid(run, description))
+    epochs = {key: "/".join(sorted({str(found[key]) for found in findings.values()})) for key in _EPOCHS}
+    axes.set(
+        xlabel=f"top-1 (%) in the search, {epochs['search_epochs']} epochs",
+        ylabel=f"top-1 (%), {epochs['full_epochs']} epochs",
+    )
+    axes.margins(0.1)
     axes.legend()
     return figure
 

@@ -38,14 +38,19 @@ def sweep_hybrid(experiment: Experiment) -> dict[str, Any]:
         _write_results([], {}, {})
         return {}
     specs = {name: _make_trials(sweep, name, ks) for name, ks in splits.items()}
-    num_trials = sum(map(len, specs.values()))
-    sweep.log_cost(num_trials, [spec for trials in specs.values() for spec in trials])
+    planned = [(1, spec) for trials in specs.values() for spec in trials]
+    sweep.log_cost(planned)
     outcomes, reporter = engine.run_sweep(
-        sweep, {name: _single_round(trials) for name, trials in specs.items()}, num_trials=num_trials
+        sweep, {name: _single_round(trials) for name, trials in specs.items()}, planned=planned
     )
     rows = _measure_splits(experiment, outcomes, splits, sweep.shards.num_classes)
     findings = {
-        name: summarize_splits([row for row in rows if row["run"] == name], settings.flop_budget) for name in splits
+        name: {
+            **summarize_splits([row for row in rows if row["run"] == name], settings.flop_budget),
+            "epochs": specs[name][0].epochs,
+            "full_epochs": experiment.recipe(name).epochs,
+        }
+        for name in splits
     }
     _write_results(rows, outcomes, findings)
 
@@ -61,23 +66,19 @@ def sweep_hybrid(experiment: Experiment) -> dict[str, Any]:
 
 
 def summarize_splits(rows: Sequence[Mapping[str, Any]], flop_budget: float) -> dict[str, Any]:
-    """Returns a family's best split within the FLOP budget, and the splits that the seed spread cannot tell from it."""
+    """Returns a family's best split within the FLOP budget, and how the others compare with it over the seeds."""
     reached = [row for row in rows if row["top1"]]
     affordable = [row for row in reached if row["flop_fraction"] is not None and row["flop_fraction"] <= flop_budget]
     best = max(affordable, key=lambda row: row["top1_pct"], default=None)
-    alike = [
-        row["k"]
-        for row in reached
-        if best
-        and row is not best
-        and not analysis.beyond_spread(best["top1"], row["top1"])
-        and not analysis.beyond_spread(row["top1"], best["top1"])
-    ]
+    others = [row for row in reached if best and row is not best]
+    better = [row["k"] for row in others if best and analysis.is_better(row["top1"], best["top1"])]
+    worse = [row["k"] for row in others if best and analysis.is_better(best["top1"], row["top1"])]
     return {
         "flop_budget": flop_budget,
         "best": best and dict(best),
-        "alike": alike,
-        "above": [row["k"] for row in reached if best and analysis.beyond_spread(row["top1"], best["top1"])],
+        "better": better,
+        "alike": [row["k"] for row in others if row["k"] not in (*better, *worse)],
+        "worse": worse,
         "front": [row["k"] for row in rows if row["on_front"]],
     }
 

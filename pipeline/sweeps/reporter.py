@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,14 @@ _FLUSH_S = 10.0  # interval between a running trial's updates in MLflow
 class SweepReporter:
     """Reports the progress of a sweep. A resumed sweep continues its MLflow run."""
 
-    def __init__(self, sweep: Sweep, num_trials: int, num_concurrent: int) -> None:
-        self._sweep, self._num_trials, self._num_concurrent = sweep, num_trials, num_concurrent
+    def __init__(self, sweep: Sweep, planned: Sequence[tuple[int, TrialSpec]], num_concurrent: int) -> None:
+        self._sweep, self._num_concurrent = sweep, num_concurrent
+        self._num_trials = sum(count for count, _ in planned)
+        self._remaining_epochs = sum(count * spec.epochs for count, spec in planned)
         self._states: Counter[str] = Counter()
         self._best: dict[str, tuple[float, str]] = {}
         self._started_at: dict[str, float] = {}  # trial's name -> start time
-        self._durations: list[float] = []
+        self._trained_epochs, self._trained_s = 0, 0.0  # of the trials that have ended
         self._runs: dict[str, str] = {}  # fingerprint -> MLflow run
         self._pending: dict[str, list[dict[str, Any]]] = {}
         self._flushed: dict[str, float] = {}
@@ -84,7 +87,8 @@ class SweepReporter:
     def on_trial_result(self, spec: TrialSpec, row: dict[str, Any]) -> None:
         """A trial finished an epoch."""
         self._pending[spec.fingerprint].append(row)
-        self._update_best(spec, row[METRIC])
+        if not spec.is_confirmation:
+            self._update_best(spec, row[METRIC])
         if time.monotonic() - self._flushed[spec.fingerprint] > _FLUSH_S:
             self._flush(spec)
 
@@ -92,7 +96,9 @@ class SweepReporter:
         """A trial ended."""
         spec = outcome.spec
         self._states[outcome.state] += 1
-        self._durations.append(time.monotonic() - self._started_at.pop(spec.name))
+        self._trained_s += time.monotonic() - self._started_at.pop(spec.name)
+        self._trained_epochs += len(outcome.rows)
+        self._remaining_epochs -= spec.epochs
         self._flush(spec)
         run_id = self._runs[spec.fingerprint]
         del self._pending[spec.fingerprint]
@@ -128,15 +134,16 @@ class SweepReporter:
         self._best[spec.run_name] = max(self._best.get(spec.run_name, (top1_pct, spec.name)), (top1_pct, spec.name))
 
     def _eta_s(self) -> float | None:
-        if not self._durations:
+        if not self._trained_epochs:
             return None
-        mean = sum(self._durations) / len(self._durations)
-        return mean * (self._num_trials - sum(self._states.values())) / self._num_concurrent
+        return self._trained_s / self._trained_epochs * self._remaining_epochs / self._num_concurrent
 
     def _summary(self) -> str:
         eta_s = self._eta_s()
         states = ", ".join(f"{count} {state}" for state, count in self._states.items())
-        return f"[{states} of at most {self._num_trials}{'' if eta_s is None else f'; about {eta_s:.0f} s left'}]"
+        return (
+            f"[{states} of at most {self._num_trials}{'' if eta_s is None else f'; at most about {eta_s:.0f} s left'}]"
+        )
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
@@ -146,7 +153,7 @@ class SweepReporter:
             f"sweep_{self._sweep.name}",
             ", ".join([f"{len(self._started_at)} running", *counts]),
             f"of at most {self._num_trials}",
-            "" if eta_s is None else f"about {eta_s:.0f} s left",
+            "" if eta_s is None else f"at most about {eta_s:.0f} s left",
         )
         for run_name, (top1_pct, name) in self._best.items():
             table.add_row("", run_name, f"best {top1_pct:.2f} %", name)

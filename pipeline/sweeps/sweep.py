@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,17 @@ class Sweep:
         *,
         is_confirmation: bool = False,
     ) -> TrialSpec:
-        """Makes a trial of a run and its recipe, with the sweep's number of epochs and its proxy data."""
+        """Makes a trial of a run and its recipe, with the sweep's proxy data and number of epochs.
+
+        Args:
+            is_confirmation: whether to train for all epochs of the recipe, without early stopping.
+        """
         experiment, settings = self.experiment, self.settings
         side = settings.proxy and settings.proxy.image_size
         if side:
             run = run.model_copy(update={"args": {**run.args, "img_size": side}})
             experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"image_size": side})})
-        recipe = shorten_recipe(recipe, settings.epochs)
+        recipe = recipe if is_confirmation else shorten_recipe(recipe, settings.epochs)
         recipes.check_recipe(recipe, experiment.data, experiment.train.model_copy(update={"workers": settings.workers}))
         experiment = experiment.model_copy(
             update={
@@ -82,28 +87,33 @@ class Sweep:
             is_confirmation=is_confirmation,
         )
 
-    def log_cost(self, num_trials: int, specs: Sequence[TrialSpec]) -> None:
-        """Logs the maximum cost of the sweep, if it uses a proxy of the data.
+    def log_cost(self, planned: Sequence[tuple[int, TrialSpec]]) -> None:
+        """Logs the maximum cost of the sweep; in GPU-hours, by the paper's throughput on an A100, if it uses a proxy.
 
         Args:
-            specs: sample of its trials; the cost is the mean over them, by the paper's throughput on an A100.
+            planned: numbers of trials, each with a sample of these trials.
         """
-        if self.settings.proxy is None:
-            return
-        hours = [estimate_gpu_hours(spec) for spec in specs]
-        known_hours = [hour for hour in hours if hour is not None]
-        cost = "unknown, as the paper has no throughput of these models"
-        if known_hours:
-            gpu_hours = num_trials * sum(known_hours) / len(known_hours)
-            cost = f"{gpu_hours:,.1f} GPU-hours of an A100 for arithmetic alone: expect more"
+        counts: Counter[int] = Counter()
+        for count, spec in planned:
+            counts[spec.epochs] += count
+        trials = " and ".join(f"{count} trials of {epochs} epochs" for epochs, count in counts.items() if count)
+        sample = planned[0][1]
+        cost = ""
+        if self.settings.proxy is not None:
+            hours = [(count, estimate_gpu_hours(spec)) for count, spec in planned]
+            gpu_hours = sum(count * hour for count, hour in hours if hour is not None)
+            cost = (
+                f"; cost: {gpu_hours:,.1f} GPU-hours of an A100 for arithmetic alone: expect more"
+                if gpu_hours
+                else "; cost: unknown, as the paper has no throughput of these models"
+            )
         logger.info(
-            "sweep_%s: at most %d trials of %d epochs, %s images of %d classes at %d pixels each; cost: %s",
+            "sweep_%s: at most %s, %s images of %d classes at %d pixels each%s",
             self.name,
-            num_trials,
-            specs[0].epochs,
-            f"{specs[0].images_per_epoch:,}",
+            trials,
+            f"{sample.images_per_epoch:,}",
             self.num_classes,
-            specs[0].experiment.data.image_size,
+            sample.experiment.data.image_size,
             cost,
         )
 

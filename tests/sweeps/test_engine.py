@@ -13,7 +13,7 @@ import pytest
 from pipeline.base import config, schema
 from pipeline.base.errors import ConfigError
 from pipeline.base.yaml_files import dump_yaml, read_yaml
-from pipeline.sweeps import analysis, search_space
+from pipeline.sweeps import search_space
 from stages import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +87,12 @@ def test_a_sweep_names_runs_with_recipes_of_their_own(load: Callable[..., config
         load(runs=["vit-tuned"], own_space={})
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_confirmation_that_can_find_nothing_is_refused(load: Callable[..., config.Experiment], seeds: int) -> None:
+    with pytest.raises(ConfigError, match="confirm_seeds: .* give 0, or at least 3"):
+        load(confirm_seeds=seeds)
+
+
 @pytest.mark.parametrize("searcher", ["optuna", "random", "grid"])
 def test_the_same_seed_and_space_suggest_the_same(searcher: str) -> None:
     of = {name: schema.Range(**values) for name, values in SPACE.items()}
@@ -114,18 +120,6 @@ def test_importance_finds_the_field_that_matters() -> None:
     found = search_space.param_importances(of, reached)
     assert next(iter(found)) == "lr" and sum(found.values()) == pytest.approx(1)
     assert search_space.param_importances(of, reached[:1]) == {}
-
-
-def test_pareto_front_holds_undominated_points() -> None:
-    points = [(1.0, 80.0), (2.0, 90.0), (2.0, 85.0), (3.0, 90.0), (4.0, 95.0)]
-    assert analysis.pareto_front(points) == [0, 1, 4]
-    assert analysis.pareto_front([(1.0, 80.0), (1.0, 80.0)]) == [0, 1]
-
-
-def test_a_gain_within_the_seed_spread_is_not_reported() -> None:
-    assert analysis.beyond_spread([91.0, 92.0], [90.0, 90.5])
-    assert not analysis.beyond_spread([91.0, 92.0], [90.0, 91.5])
-    assert not analysis.beyond_spread([91.0], [90.0])
 
 
 def test_early_stopping_keeps_one_in_so_many() -> None:
@@ -163,31 +157,6 @@ def test_an_override_makes_a_recipe_and_changes_the_models_arguments(
     best.write_text("recipes: {lr: 0.1}\n")
     with pytest.raises(ConfigError, match="recipes: unknown parameter; did you mean 'recipe'"):
         load()
-
-
-def test_findings_report_an_empty_result() -> None:
-    found: dict[str, Any] = {
-        "own": {"top1_pct": 90.0},
-        "best": {"top1_pct": 92.0, "is_own": False},
-        "beyond_spread": False,
-        "confirmed": {"start": [90.0, 91.0], "best": [90.5, 92.0], "seeds": [1, 2]},
-    }
-    assert analysis.describe_recipe_finding(found).endswith(
-        "90.5 to 92.0% against 90.0 to 91.0%: nothing beyond the spread over seeds"
-    )
-    assert analysis.describe_recipe_finding({**found, "beyond_spread": True}).endswith(
-        "a gain beyond the spread over seeds"
-    )
-    assert "nothing better than its own recipe" in analysis.describe_recipe_finding(
-        {**found, "best": {"is_own": True, "top1_pct": 90.0}}
-    )
-    split = {
-        "flop_budget": 0.8,
-        "above": [],
-        "alike": [1, 3],
-        "best": {"k": 2, "top1": [90.0, 91.0], "flop_fraction": 0.7},
-    }
-    assert analysis.describe_split_finding(split).endswith("not told apart from k = 1, 3 by the spread over seeds")
 
 
 def test_a_truncated_history_file_is_readable(tmp_path: Path) -> None:

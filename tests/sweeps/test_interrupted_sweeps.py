@@ -46,7 +46,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = read_yaml(ROOT / "params.yaml")
     for run in params["models"].values():
         run["args"]["embed_dim"] = 32
-    params["recipes"]["digits"] |= {"global_batch_size": 256, "mixup_group": 64}
+    params["recipes"]["digits"] |= {"global_batch_size": 256, "mixup_group": 64, "epochs": 4, "warmup_epochs": 1}
     params["sweeps"]["recipe"] |= {
         "runs": ["vit"],
         # In this order of its fields, the sampler draws a better recipe than the run's own, which is then confirmed.
@@ -55,7 +55,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trials": 3,
         "round": 1,
         "epochs": 3,
-        "confirm_seeds": 1,
+        "confirm_seeds": 3,
+        "rank_configs": 2,
         "asha": {"grace_epochs": 1, "reduction_factor": 2},
     }
     params["sweeps"]["hybrid"] |= {"runs": []}
@@ -189,14 +190,17 @@ def test_a_finished_sweep_is_not_trained_again_and_its_outcome_is_a_row(
     before = {path: path.stat().st_mtime_ns for path in (digits / "sweeps/trials").rglob("epochs.jsonl")}
     output = run_sweep(digits, **running_cluster)
     assert {path: path.stat().st_mtime_ns for path in (digits / "sweeps/trials").rglob("epochs.jsonl")} == before
-    assert table(digits) == reference_outcome and "further seed" in output
+    assert table(digits) == reference_outcome and "new seed" in output
     assert [row["round"] for row in reference_outcome if row["confirms"] == "0"] == list("012")
+    confirmation = [row for row in reference_outcome if row["confirms"] == "1"]
+    assert len(confirmation) >= 2 and {row["epochs"] for row in confirmation} == {"4"}
     experiment = config.load_experiment(digits / "params.yaml")
     best = max(
         (row for row in reference_outcome if row["state"] == "finished" and row["confirms"] == "0"),
         key=lambda row: float(row["top1_pct"]),
     )
-    assert experiment.recipe("vit-tuned").lr == float(best["lr"])
+    is_confirmed = json.loads((digits / "sweeps/recipe/findings.json").read_text())["vit"]["is_confirmed"]
+    assert experiment.recipe("vit-tuned").lr == (float(best["lr"]) if is_confirmed else experiment.recipe("vit").lr)
 
 
 @pytest.mark.slow
