@@ -104,6 +104,9 @@ def test_the_ui_opens_on_the_columns_in_which_runs_compare(client: MlflowClient,
     assert view.keys() == {"name", "createdAt", "updatedAt", "state"}  # as MLflow's own UI writes it
     columns = json.loads(view["state"])["selectedColumns"]
     assert {"tags.`family`", "tags.`seed`", "metrics.`best/top1_pct`", "metrics.`complexity/gflops`"} <= set(columns)
+    for name in ("best/top1", "difference/to_x"):
+        beside = columns.index(f"metrics.`{name}_pct`")
+        assert columns[beside + 1 : beside + 3] == [f"metrics.`{name}_low_pct`", f"metrics.`{name}_high_pct`"]
     assert study.tags["mlflow.experimentKind"] == "custom_model_development"
 
     place = f"#/experiments/{study.experiment_id}/runs"
@@ -139,6 +142,19 @@ def test_edited_experiment_descriptions_are_kept(client: MlflowClient, experimen
     assert (tags["mlflow.note.content"], tags["mlflow.experimentKind"]) == ("mine", "custom_model_development")
 
 
+@pytest.mark.parametrize(("updated_at", "renewed"), [(0, True), (1_790_000_000_000, False)])
+def test_a_view_of_an_earlier_version_gets_the_new_columns_unless_it_was_edited(
+    client: MlflowClient, updated_at: int, renewed: bool
+) -> None:
+    tag = "mlflow.sharedViewState.comparison"
+    experiment_id = client.create_experiment("digits")
+    former = {"name": "comparison", "createdAt": 0, "updatedAt": updated_at, "state": "{}"}
+    client.set_experiment_tag(experiment_id, tag, json.dumps(former))
+    track.create_experiment("digits")
+    state = json.loads(client.get_experiment(experiment_id).tags[tag])["state"]
+    assert ("best/top1_low_pct" in state) == renewed and (state == "{}") != renewed
+
+
 def test_without_tracked_runs_there_is_no_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: config.Experiment
 ) -> None:
@@ -154,11 +170,14 @@ def test_the_report_gives_a_run_its_card_and_the_best_of_its_numbers(
     track.log_epoch(run_id, EPOCH | {"epoch": 0})
     card = Path("vit.md")
     card.write_text("---\nlicense: apache-2.0\n---\n# vit\n")
-    track.publish_report(run_id, card, {"val/top1_pct": 98.0, "perf/share": 0.5, "converged": True})
+    numbers = {"val/top1_pct": 98.0, "val/top1_low_pct": 96.1, "val/top1_high_pct": 99.0, "difference/to_x_pct": -0.5}
+    track.publish_report(run_id, card, numbers | {"perf/share": 0.5, "converged": True})
     run = client.get_run(run_id)
     assert run.data.tags["mlflow.note.content"] == "# vit\n"
     metrics = run.data.metrics
     assert (metrics["best/top1_pct"], metrics["val/top1_pct"], metrics["perf/share"]) == (98.0, 40.0, 0.5)
+    assert (metrics["best/top1_low_pct"], metrics["best/top1_high_pct"]) == (96.1, 99.0)
+    assert metrics["difference/to_x_pct"] == -0.5 and "val/top1_low_pct" not in metrics
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["vit.md"]
     track.publish_report("0" * 32, card, {})
     assert "deleted meanwhile?" in caplog.text

@@ -29,7 +29,7 @@ FAMILIES = {"vit": "vision transformer (DeiT III)", "resmlp": "ResMLP", "convnex
 
 _PERCENT, _RATIO, _ERROR = "{:.1f} %".format, "{:.2f}".format, "{:.1e}".format
 
-_POINTS, _P_VALUE = "{:+.2f} points".format, "{:.2g}".format
+_POINTS, _P_VALUE = "{:+.2f} points".format, lambda p: f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 _REACHED: dict[str, tuple[str, Formatter]] = {
     "val/top1_pct": ("top-1", _PERCENT),
@@ -261,9 +261,17 @@ def _format_available(
         if value is None or not math.isfinite(value):
             continue
         low, high = (metrics.get(key.removesuffix("_pct") + f"_{side}_pct") for side in ("low", "high"))
-        interval = "" if low is None or high is None else f" (95% interval {formatter(low)} to {formatter(high)})"
-        rows.append((label, formatter(value) + interval))
+        if low is None or high is None:
+            rows.append((label, formatter(value)))
+        else:
+            rows.append((label, f"{formatter(value)} (95% interval {_number(low, formatter)} to "
+                                f"{_number(high, formatter)})"))  # fmt: skip
     return rows
+
+
+def _number(value: float, formatter: Formatter) -> str:
+    """The formatted value without its unit."""
+    return formatter(value).partition(" ")[0]
 
 
 def _table(head: str, rows: list[tuple[str, str]]) -> str:

@@ -1,6 +1,6 @@
 """95 % intervals of accuracies and of their differences, and the verdict that an interval allows.
 
-Legend: S seeds, N images. Hits are boolean; whether a network's most likely class of an image is its label. Results
+Legend: S seeds, N images. Hits are boolean: whether a network's most likely class of an image is its label. Results
 are fractions, not percent.
 """
 
@@ -43,7 +43,9 @@ def wilson_interval(hits: int, total: int) -> Interval:
 def bootstrap_interval(hits: ArrayLike) -> Interval:
     """Returns the two-level percentile bootstrap interval of the mean of `hits`, shape (S, N).
 
-    Each draw resamples the seeds, and the images, which all seeds share.
+    Each draw resamples the seeds, and the images, which all seeds share. Three seeds show too little of their spread: in
+    simulation with 10,000 images the interval holds the truth in 97 % of the cases at a standard deviation over seeds
+    of 0.2 points, in 94 % at 0.45 and in 84 % at 1.1 (tests/evaluation/coverage.py).
     """
     rng = np.random.default_rng(0)
     values = _as_matrix(hits)
@@ -53,7 +55,8 @@ def bootstrap_interval(hits: ArrayLike) -> Interval:
 def paired_difference(hits: ArrayLike, baseline_hits: ArrayLike) -> Interval:
     """Returns the interval of mean(hits) - mean(baseline_hits), by two-level percentile bootstrap.
 
-    Each draw resamples the images once for both sides, and the seeds of each side. With one seed on either side the
+    Each draw resamples the images once for both sides, and the seeds of each side. For three seeds on each side the
+    coverage is that of `bootstrap_interval` to within a point. With one seed on either side the
     interval holds for these two networks, not for other seeds.
 
     Args:

@@ -150,7 +150,7 @@ def summarize_runs(results: Sequence[RunResult]) -> list[str]:
 def describe_difference(comparison: Comparison) -> str:
     """Returns the verdict on a difference in top-1 with its interval."""
     low, high = (signed(bound) for bound in comparison.interval)
-    test = "" if comparison.mcnemar_p is None else f"; McNemar's p {_format_p(comparison.mcnemar_p)}"
+    test = "" if comparison.mcnemar_p is None else f"; McNemar's p {format_p(comparison.mcnemar_p)}"
     return f"{comparison.verdict} ({signed(comparison.difference_pct)} points, 95% interval {low} to {high}{test})"
 
 
@@ -181,8 +181,13 @@ def fixed_point(digits: int) -> Formatter:
 
 
 def signed(value: float) -> str:
-    """Formats a difference in percentage points, with its sign."""
-    return f"{value:+.2f}"
+    """Formats a difference in percentage points, with its sign unless it rounds to zero."""
+    return f"{value:+.2f}" if round(value, 2) else "0.00"
+
+
+def format_p(p: float) -> str:
+    """Formats a p-value."""
+    return f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 
 def significant_digits(value: float) -> str:
@@ -273,9 +278,7 @@ def _difference_columns() -> dict[str, Column]:
             lambda r: r.minus_baseline and r.minus_baseline.interval,
             minus_x,
         ),
-        "McNemar's p": Column(
-            lambda r: r.minus_baseline and r.minus_baseline.mcnemar_p, "{:.2g}".format, pooled=p_value
-        ),
+        "McNemar's p": Column(lambda r: r.minus_baseline and r.minus_baseline.mcnemar_p, format_p, pooled=p_value),
     }
 
 
@@ -335,10 +338,6 @@ def _compare_top1(
 def _format_top1(members: Sequence[RunResult]) -> str:
     spread = seed_spread(members, lambda r: r.top1_pct)
     return "" if spread is None else f"{spread.mean:.1f}%" + " †" * (not any(member.converged for member in members))
-
-
-def _format_p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 def _paper_top1(paper: Table1Row | None) -> float | str | None:

@@ -6,12 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
 
 from pipeline.base import errors, imagenet
-from pipeline.evaluation import evaluate
+from pipeline.evaluation import evaluate, predictions, statistics
 from pipeline.shards import manifests
 from tests.evaluation.conftest import (
     WNIDS,
@@ -34,9 +35,41 @@ def test_every_validation_image_counts_once(place: Path, logged: dict[str, float
     assert {"val/top1_pct", "val/top5_pct", "val/loss"} <= metrics.keys()
     assert_same(metrics, expected, "val/")
     assert metrics == json.loads(Path("outputs/vit/metrics.json").read_text())
-    assert metrics.keys() == {"val/top1_pct", "val/top5_pct", "val/loss", "val/flop_agreement_pct",
-                              "equivariance/max_rel_error", "converged"}  # fmt: skip
+    assert metrics.keys() == {"val/top1_pct", "val/top1_low_pct", "val/top1_high_pct", "val/top5_pct", "val/loss",
+                              "val/flop_agreement_pct", "equivariance/max_rel_error", "converged"}  # fmt: skip
+    bounds = statistics.wilson_interval(round(15 * metrics["val/top1_pct"] / 100), 15).scaled(100)
+    assert (metrics["val/top1_low_pct"], metrics["val/top1_high_pct"]) == bounds
     assert logged.keys() == {"val/flop_agreement_pct", "equivariance/max_rel_error"}
+
+
+@pytest.mark.usefixtures("logged")
+def test_predictions_of_every_image_are_kept_in_the_order_of_the_index(place: Path) -> None:
+    settings = experiment()
+    save_outputs("vit", weights=random_network(settings, "vit", seed=1))
+    metrics = evaluate.evaluate_run(settings, "vit")
+    index = pq.read_table(settings.data.shards / "val.index.parquet")
+    kept = pq.read_table("outputs/vit/predictions.parquet")
+    assert kept.column_names == ["key", "label", "top1", "loss"]
+    assert kept["key"].to_pylist() == index["key"].to_pylist()
+    assert kept["label"].to_pylist() == index["label"].to_pylist()
+    hits = kept["top1"].to_numpy() == kept["label"].to_numpy()
+    assert 100 * hits.mean() == pytest.approx(metrics["val/top1_pct"]) and 0 < hits.mean() < 1
+    assert kept["loss"].to_numpy().mean() == pytest.approx(metrics["val/loss"])
+    found = predictions.read_hits(Path("outputs/vit"))
+    assert found is not None and found.hits.tolist() == hits.tolist()
+    assert predictions.read_hits(Path("outputs/e-vit")) is None
+
+
+def test_hits_belong_to_the_same_images_only_with_their_keys_and_labels(tmp_path: Path) -> None:
+    def images(keys: list[str], labels: list[int]) -> str:
+        predictions.write_predictions(tmp_path, keys, labels, [0, 0], [0.1, 0.2])
+        found = predictions.read_hits(tmp_path)
+        assert found is not None
+        return found.images
+
+    first = images(["a", "b"], [0, 1])
+    assert first == images(["a", "b"], [0, 1])
+    assert len({first, images(["b", "a"], [0, 1]), images(["a", "c"], [0, 1]), images(["a", "b"], [1, 0])}) == 4
 
 
 @pytest.mark.gpu
@@ -105,7 +138,7 @@ def test_an_error_that_is_not_finite_is_not_lost(place: Path) -> None:
 
     settings = experiment()
     shards = manifests.Shards(settings.data.shards)
-    metrics = evaluate.evaluate_model(settings, settings.recipe("vit"), shards, Overflowing())
+    metrics = evaluate.evaluate_model(settings, settings.recipe("vit"), shards, Overflowing()).metrics
     assert math.isnan(metrics["equivariance/max_rel_error"])
 
 

@@ -23,7 +23,10 @@ def test_card_says_what_the_model_is_and_does(tmp_path: Path) -> None:
         "library_name": "timm", "pipeline_tag": "image-classification", "license": "apache-2.0",
         "tags": ["image-classification", "timm", "equivariance", "flopeq"], "datasets": ["digits"],
     }  # fmt: skip
-    assert "`flop_deit3_small_patch16_224`" in text and "embed_dim=64" in text and "| top-1 | 96.1 % |" in text
+    assert "`flop_deit3_small_patch16_224`" in text and "embed_dim=64" in text in text
+    assert "| top-1 | 96.1 % (95% interval 94.7 to 97.1) |" in text
+    assert "| top-1 minus that of X, same images | -2.50 points (95% interval -3.50 to -1.60) |" in text
+    assert "| McNemar's exact test of that difference, p | <0.001 |" in text and "seeds" not in text
     assert "equivariant to horizontal mirroring" in text and "| 3.1e-07 |" in text
     assert "| images/s forward (cpu, float32, batch 64, compiled) | 24,000 |" in text
     assert "over these | 1.83 |" in text and "| images/s over those of X | 1.20 |" in text

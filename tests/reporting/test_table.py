@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.base.yaml_files import read_yaml
 from pipeline.reporting import page, table
-from tests.reporting.conftest import ROOT, cells, diverge, load_results, write_fake_study, write_json
+from tests.reporting.conftest import ROOT, cells, diverge, load_results, set_top1, write_fake_study, write_json
 
 
 def test_table_compares_each_run_with_its_baseline(tmp_path: Path) -> None:
@@ -17,7 +17,8 @@ def test_table_compares_each_run_with_its_baseline(tmp_path: Path) -> None:
     assert list(rows) == ["vit", "e-vit", "h-vit", "resmlp", "e-resmlp", "convnext", "e-convnext"]
     e, x = rows["e-vit"], rows["vit"]
     assert (x["model"], e["model"], rows["h-vit"]["model"]) == ("ViT", "E(ViT)", "H(ViT)")
-    assert (e["top-1 %"], e["flop agreement %"], e["equivariance error"]) == ("96.1", "100.0", "3.1e-07")
+    assert (e["top-1 %"], e["flop agreement %"]) == ("96.1 (94.7–97.1)", "100.0")
+    assert e["equivariance error"] == "3.1e-07"
     assert (x["MFLOPs"], e["MFLOPs"], e["MMACs"], e["params (k)"]) == ("2.20", "1.20", "1.08", "85.7")
     assert (e["throughput ratio"], e["FLOP ratio"], e["share %"]) == ("1.20", "1.83", "65")
     assert (x["throughput ratio"], x["FLOP ratio"], x["share %"]) == ("–", "–", "–")
@@ -98,8 +99,7 @@ def test_seeds_are_one_row_with_their_spread_and_one_point(tmp_path: Path) -> No
         tmp_path, {f"{run}-seed{seed}": {**models[run], "seed": seed} for run in ("vit", "e-vit") for seed in (1, 2)}
     )
     for seed, top1 in ((1, 95.1), (2, 20.0)):
-        path = tmp_path / f"outputs/e-vit-seed{seed}/metrics.json"
-        write_json(path, **{**json.loads(path.read_text()), "val/top1_pct": top1, "converged": seed == 1})
+        set_top1(tmp_path / f"outputs/e-vit-seed{seed}", top1, converged=seed == 1)
     results = list(load_results(tmp_path, experiment).values())
     compared = table.build_table(results)
     rows = {row[0]: dict(zip(compared.columns, row, strict=True)) for row in compared.texts}
@@ -114,10 +114,13 @@ def test_seeds_are_one_row_with_their_spread_and_one_point(tmp_path: Path) -> No
         "e-vit-seed2 †",
     ]
     pooled = rows["e-vit, 2 of 3 seeds"]
-    assert (pooled["top-1 %"], pooled["MFLOPs"], pooled["variant"]) == ("95.6 (95.1–96.1)", "1.20", "E")
+    assert (pooled["top-5 %"], pooled["MFLOPs"], pooled["variant"]) == ("99.9", "1.20", "E")
+    interval = results[[r.run for r in results].index("e-vit")].pooled.top1_interval
+    assert pooled["top-1 %"] == f"95.6 ({interval.low:.1f}–{interval.high:.1f})"
+    assert interval.low < 95.1 and interval.high > 96.1, "wider than the two seeds"
     assert [len(block) for block in compared.blocks] == [4, 4, 1, 1, 1, 1, 1]
     assert "e-vit, 2 of 3 seeds: 0.55 of the FLOPs of vit" in table.summarize_runs(results)[0]
-    assert "top-1 95.6% (95.1–96.1) against 97.5% (97.0–98.6)" in table.summarize_runs(results)[0]
+    assert "top-1 95.6% against 97.5%: worse (-1.93 points, 95% interval -" in table.summarize_runs(results)[0]
     assert {result.baseline for result in results if result.group == "e-vit"} == {"vit", "vit-seed1", "vit-seed2"}
 
 
