@@ -218,11 +218,13 @@ def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, Column]]
             flops: Column(lambda r: r.flops and r.flops / per_flop, significant_digits),
             flops.replace("FLOPs", "MACs"): Column(lambda r: r.macs and r.macs / per_flop, significant_digits),
         },
-        "validation": {
+        "validation top-1": {
             "top-1 %": percent("val/top1_pct")._replace(
                 interval=lambda r: r.top1_interval, pooled=lambda p: Estimate(p.top1_pct, p.top1_interval)
             ),
             **(_difference_columns() if any(r.minus_baseline for r in results) else {}),
+        },
+        "validation": {
             "top-5 %": percent("val/top5_pct"),
             **{
                 column: percent(key)
