@@ -62,9 +62,9 @@ def test_x_is_joined_to_its_e_and_more_lightly_to_its_h(results):
     by_run = {result.run: result for result in results}
     axes = drawn_axes(Scatter([mark(by_run[run], *at) for run, at in places.items()], "x", "y", join=True))
     joined = {
-        (tuple(line.get_xdata()), tuple(line.get_ydata())): line.get_linewidth() * (line.get_alpha() or 1)
-        for line in axes.lines
-        if len(line.get_xdata()) == 2  # pyright: ignore[reportArgumentType]
+        (tuple(xs), tuple(ys)): line.get_linewidth() * (line.get_alpha() or 1)
+        for line, (xs, ys) in zip(axes.lines, lines_of(axes), strict=True)
+        if len(xs) == 2
     }
     to_e, to_h = joined[(2.0, 1.0), (90.0, 80.0)], joined[(2.0, 1.5), (90.0, 85.0)]
     assert len(joined) == 2 and to_e > to_h
@@ -76,8 +76,7 @@ def test_intervals_of_both_axes_are_bars(results):
     assert upright == (pytest.approx([5, 5]), pytest.approx([85, 92]))
     assert level == (pytest.approx([4, 7]), pytest.approx([90, 90]))
     assert point == (pytest.approx([5]), pytest.approx([90]))
-    [alone] = lines_of(drawn_axes(Scatter([mark(results[0], 5, 90)], "x", "y")))
-    assert alone == (pytest.approx([5]), pytest.approx([90]))
+    assert len(lines_of(drawn_axes(Scatter([mark(results[0], 5, 90)], "x", "y")))) == 1, "without intervals no bars"
 
 
 def test_points_whose_intervals_would_cover_each_other_stand_side_by_side(results):

@@ -30,7 +30,9 @@ def test_the_paragraph_says_costs_differences_with_verdicts_and_speed(tmp_path):
     results = load_results(tmp_path, experiment)
     cost, top1, speed, small = lead_sentences(list(results.values()), [MEASUREMENT])
     assert cost == "E(X) takes 0.55 of the FLOPs of X."
-    low, high = results["e-vit"].pooled.minus_baseline.interval
+    pooled = results["e-vit"].pooled
+    assert pooled and pooled.minus_baseline
+    low, high = pooled.minus_baseline.interval
     assert f"ViT -6.00 ({low:+.2f} to {high:+.2f}), worse" in top1 and high < 0
     assert "ResMLP +6.00 (" in top1 and top1.count("better") == 1
     assert "ConvNeXt (iso.) +0.10 (" in top1 and top1.endswith("cannot be told apart.")
@@ -67,6 +69,7 @@ def test_seeds_are_one_point_with_the_interval_over_seeds(tmp_path):
     figure = draw_lead_figure(list(results.values()), FLOPS)
     assert figure.svg.count('class="mark"') == 2 * len(TOP1), "in each of the two panels"
     pooled = results["e-vit"].pooled
+    assert pooled
     low, high = pooled.top1_interval
     assert low < pooled.top1_pct < high
     top1 = f"{pooled.top1_pct:.4g} ({low:.4g} to {high:.4g})"

@@ -115,7 +115,9 @@ def test_seeds_are_one_row_with_their_spread_and_one_point(tmp_path: Path) -> No
     ]
     pooled = rows["e-vit, 2 of 3 seeds"]
     assert (pooled["top-5 %"], pooled["MFLOPs"], pooled["variant"]) == ("99.9", "1.20", "E")
-    interval = results[[r.run for r in results].index("e-vit")].pooled.top1_interval
+    of_seeds = results[[r.run for r in results].index("e-vit")].pooled
+    assert of_seeds
+    interval = of_seeds.top1_interval
     assert pooled["top-1 %"] == f"95.6 ({interval.low:.1f}–{interval.high:.1f})"
     assert interval.low < 95.1 and interval.high > 96.1, "wider than the two seeds"
     assert [len(block) for block in compared.blocks] == [4, 4, 1, 1, 1, 1, 1]
