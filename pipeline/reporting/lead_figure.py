@@ -79,7 +79,7 @@ def _caption(results: Sequence[RunResult]) -> str:
         "Further left is cheaper, further up is more accurate. A line joins X to its E(X), a lighter one to its H(X). "
         "Vertical bars: 95% intervals of top-1. Horizontal bars: quartiles of the passes' times"
         + f" ({'; '.join(conditions)})" * bool(conditions)
-        + ". Points that would cover each other stand side by side."
+        + "."
         + " Runs whose recipe a sweep found are in the table." * any(result.own_recipe_run for result in results)
         + " Hollow: did not converge; drawn at the edge if far below the rest."
         * (not all(result.converged for result in results))

@@ -17,10 +17,6 @@ from pipeline.reporting.run_results import RunResult, group_by_seed, seed_spread
 from pipeline.reporting.speed import quartiles_of
 from pipeline.reporting.table import group_label
 
-_SAME_COST = 0.02  # of the axis: closer points are drawn side by side
-
-_SIDE_STEP = 0.03  # of the axis
-
 
 class Estimate(NamedTuple):
     """A value and its interval; both bounds are the value if it has none."""
@@ -135,7 +131,7 @@ def _plot_scatter(axes: Axes, scatter: Scatter) -> tuple[list[Point], list[tuple
         mark_empty(axes)
         return [], []
     _set_scales(axes, scatter)
-    positions = _step_aside(axes, marks)
+    positions = [(mark.x.value, mark.y.value) for mark in marks]
     at = {member.run: position for mark, position in zip(marks, positions, strict=True) for member in mark.members}
     if scatter.hline is not None:
         axes.axhline(scatter.hline, color="#999999", linewidth=1)
@@ -148,7 +144,7 @@ def _plot_scatter(axes: Axes, scatter: Scatter) -> tuple[list[Point], list[tuple
             width, alpha = (2.0, 0.75) if is_e else (1.2, 0.35)
             axes.plot(*zip(*lines[-1], strict=True), color=mark.color, linewidth=width, alpha=alpha, zorder=2)
         bars = [((x, mark.y.low), (x, mark.y.high))] * mark.y.has_interval
-        bars += [((x - mark.x.value + mark.x.low, y), (x - mark.x.value + mark.x.high, y))] * mark.x.has_interval
+        bars += [((mark.x.low, y), (mark.x.high, y))] * mark.x.has_interval
         for bar in bars:
             cap = "_" if bar[0][0] == bar[1][0] else "|"
             style = {"linewidth": 1.3, "alpha": 0.6, "marker": cap, "markersize": 6, "zorder": 3}
@@ -197,15 +193,3 @@ def _set_scales(axes: Axes, scatter: Scatter) -> None:
         margin = 0.12 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 1.0
         low, high = min(ys) - margin, max(ys) + margin
         axes.set_ylim(0 if scatter.proportional else low, min(high, 100) if scatter.percent else high)
-
-
-def _step_aside(axes: Axes, marks: Sequence[Mark]) -> list[Point]:
-    """Returns the points of marks. Those whose intervals would cover each other step aside to the right."""
-    to_axes, to_data = axes.transScale + axes.transLimits, (axes.transScale + axes.transLimits).inverted()
-    placed: list[Point] = []
-    for mark in marks:
-        x, y = to_axes.transform((mark.x.value, mark.y.value))
-        while mark.y.has_interval and any(abs(x - other) < _SAME_COST for other, _ in placed):
-            x += _SIDE_STEP
-        placed.append((float(x), float(y)))
-    return [(float(x), float(y)) for x, y in (to_data.transform(position) for position in placed)]
