@@ -131,7 +131,7 @@ def _plot_scatter(axes: Axes, scatter: Scatter) -> tuple[list[Point], list[tuple
         mark_empty(axes)
         return [], []
     _set_scales(axes, scatter)
-    positions: list[Point] = [(mark.x.value, mark.y.value) for mark in marks]
+    positions = [(mark.x.value, mark.y.value) for mark in marks]
     at = {member.run: position for mark, position in zip(marks, positions, strict=True) for member in mark.members}
     if scatter.hline is not None:
         axes.axhline(scatter.hline, color="#999999", linewidth=1)
