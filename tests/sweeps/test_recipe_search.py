@@ -111,7 +111,7 @@ def test_a_recipe_that_is_better_at_full_length_is_handed_on(make_search: Callab
     assert (experiment.recipe("vit-tuned").lr, resolved["recipe"]["lr"]) == (lr_of(best), lr_of(best))
     assert resolved["args"] == {"init_values": best.params["args.init_values"]}
     assert experiment.run("vit-tuned").args == experiment.run("vit").args | resolved["args"]
-    assert "with 3 new seeds and all 60 epochs" in header and "it replaces the run's own" in header
+    assert "with 3 new seeds and all 50 epochs" in header and "it replaces the run's own" in header
 
     confirmation = [o.spec for o in outcomes if o.spec.is_confirmation]
     assert {(spec.epochs, spec.experiment.recipe("vit").warmup_epochs) for spec in confirmation} == {(60, 5)}
@@ -128,7 +128,7 @@ def test_a_recipe_that_is_better_only_in_the_search_is_not_handed_on(make_search
 
     outcomes = run_plan(search, train)
     assert len(outcomes) == 6 + 2  # the first new seed decides
-    assert_keeps_its_own_recipe(search, "with 1 new seed and all 60 epochs")
+    assert_keeps_its_own_recipe(search, "with 1 new seed and all 50 epochs")
 
 
 def test_one_seed_within_the_others_spread_is_no_gain(make_search: Callable[..., RecipeSearch]) -> None:
