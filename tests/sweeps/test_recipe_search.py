@@ -114,7 +114,7 @@ def test_a_recipe_that_is_better_at_full_length_is_handed_on(make_search: Callab
     assert "with 3 new seeds and all 50 epochs" in header and "it replaces the run's own" in header
 
     confirmation = [o.spec for o in outcomes if o.spec.is_confirmation]
-    assert {(spec.epochs, spec.experiment.recipe("vit").warmup_epochs) for spec in confirmation} == {(60, 5)}
+    assert {(spec.epochs, spec.experiment.recipe("vit").warmup_epochs) for spec in confirmation} == {(50, 5)}
     assert [spec.seed for spec in confirmation] == [1, 1, 2, 2, 3, 3]
     assert {o.spec.seed for o in outcomes if not o.spec.is_confirmation} == {0}
     assert len(outcomes) == search.max_search_trials + search.max_confirmation_trials == 12
