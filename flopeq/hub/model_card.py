@@ -29,7 +29,7 @@ FAMILIES = {"vit": "vision transformer (DeiT III)", "resmlp": "ResMLP", "convnex
 
 _PERCENT, _RATIO, _ERROR = "{:.1f} %".format, "{:.2f}".format, "{:.1e}".format
 
-_POINTS, _P_VALUE = "{:+.2f} points".format, lambda p: f"{p:.2g}" if p >= 0.001 else "<0.001"
+_POINTS = "{:+.2f} points".format
 
 _REACHED: dict[str, tuple[str, Formatter]] = {
     "val/top1_pct": ("top-1", _PERCENT),
@@ -161,9 +161,9 @@ def _metrics_table(
         "perf/throughput_ratio": ("images/s over those of X", _RATIO),
         "equivariance/float64_error": ("equivariance error of the logits, float64, two random images", _ERROR),
         "difference/to_x_pct": ("top-1 minus that of X, same images", _POINTS),
-        "difference/to_x_mcnemar_p": ("McNemar's exact test of that difference, p", _P_VALUE),
+        "difference/to_x_mcnemar_p": ("McNemar's exact test of that difference, p", format_p),
         "difference/to_own_recipe_pct": ("top-1 minus that before its recipe was tuned, same images", _POINTS),
-        "difference/to_own_recipe_mcnemar_p": ("McNemar's exact test of that difference, p", _P_VALUE),
+        "difference/to_own_recipe_mcnemar_p": ("McNemar's exact test of that difference, p", format_p),
         "seeds/num": ("seeds of this network", "{:.0f}".format),
         "seeds/top1_pct": ("mean top-1 of its seeds", _PERCENT),
         "seeds/to_x_pct": ("that mean minus the mean of X's seeds", _POINTS),
@@ -267,6 +267,11 @@ def _format_available(
             rows.append((label, f"{formatter(value)} (95% interval {_number(low, formatter)} to "
                                 f"{_number(high, formatter)})"))  # fmt: skip
     return rows
+
+
+def format_p(p: float) -> str:
+    """Formats a p-value."""
+    return f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 
 def _number(value: float, formatter: Formatter) -> str:

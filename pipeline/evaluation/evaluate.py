@@ -59,13 +59,12 @@ def evaluate_run(experiment: Experiment, run_name: str, outputs: Path = Path("ou
         return model
 
     ema = None if recipe_.ema_decay is None else load_model("weights_ema.safetensors")
-    measured, predicted = evaluate_model(experiment, recipe_, shards, load_model("weights.safetensors"), ema)
+    measured, predicted, images = evaluate_model(experiment, recipe_, shards, load_model("weights.safetensors"), ema)
     best = max(measured["val/top1_pct"], measured.get("val/ema_top1_pct", 0.0))
     metrics: Metrics = {
         **measured,
         "converged": status == "finished" and best > MIN_TIMES_CHANCE * 100 / len(shards.classes),
     }
-    images = datasets.IndexedImages(shards, "val")
     predictions.write_predictions(
         folder,
         images.keys(range(len(images))),
@@ -141,7 +140,7 @@ def evaluate_model(
     for name, further_images in further_sets.items():
         further = loop.evaluate(model, batches(further_images))
         metrics |= {f"{name}/top1_pct": further.top1_pct, f"{name}/top5_pct": further.top5_pct}
-    return Evaluated(metrics, predicted)
+    return Evaluated(metrics, predicted, images)
 
 
 class Predictions(NamedTuple):
@@ -165,6 +164,8 @@ class Evaluated(NamedTuple):
     metrics: dict[str, float]
     predictions: Predictions
     """For the validation images, in the index's order."""
+    images: datasets.IndexedImages
+    """The validation images."""
 
 
 @torch.inference_mode()

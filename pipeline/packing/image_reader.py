@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from pipeline.base.errors import SourceError
 from pipeline.packing.sources import idx
 from pipeline.packing.sources.listing import DEFLATED, GREY_PIXELS, NOT_ZIPPED
@@ -47,6 +49,7 @@ class ImageReader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._file, self._descriptor = "", -1
+        self._pixels_of: dict[str, np.ndarray] = {}  # of IDX files, by name
         self._threads = ThreadPoolExecutor(_PREFETCH_THREADS)
 
     def __enter__(self) -> ImageReader:
@@ -86,7 +89,9 @@ class ImageReader:
             raise SourceError(f"{self.root / location.file} cannot be read: {error.strerror}") from None
 
     def _read_pixels(self, location: ImageLocation, buffer: memoryview) -> None:
-        images_NHW = idx.read_idx(self.root / location.file, "images")
+        if location.file not in self._pixels_of:
+            self._pixels_of[location.file] = idx.read_idx(self.root / location.file, "images")
+        images_NHW = self._pixels_of[location.file]
         _, height, width = images_NHW.shape
         pgm = idx.pgm_header(height, width)
         pgm += images_NHW.reshape(-1)[location.offset : location.offset + height * width].tobytes()

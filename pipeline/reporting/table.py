@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from flopeq.hub.model_card import format_p
 from flopeq.measure.paper import Table1Row
 from pipeline.evaluation.pairing import Comparison
 from pipeline.evaluation.statistics import Interval
@@ -183,11 +184,6 @@ def fixed_point(digits: int) -> Formatter:
 def signed(value: float) -> str:
     """Formats a difference in percentage points, with its sign unless it rounds to zero."""
     return f"{value:+.2f}" if round(value, 2) else "0.00"
-
-
-def format_p(p: float) -> str:
-    """Formats a p-value."""
-    return f"{p:.2g}" if p >= 0.001 else "<0.001"
 
 
 def significant_digits(value: float) -> str:

@@ -72,13 +72,19 @@ class ExistingShards:
         return [(name, size) for name, size in sizes.items() if name.endswith(".tar") or name == "manifest.json"]
 
 
-def detect_source(source: str, class_names: Sequence[str] | None = None) -> Source | ExistingShards:
+def detect_source(
+    source: str, class_names: Sequence[str] | None = None, hint: str | None = None
+) -> Source | ExistingShards:
     """Detects the layout of `source` without listing its images.
+
+    Args:
+        class_names: names of the classes of IDX files, as data.class_names.
+        hint: how to get the images, as data.source_hint.
 
     Raises: SourceError, with what was expected and what was found; or if there are class names for a layout that names
         its classes itself.
     """
-    found = _detect_source(source)
+    found = _detect_source(source, hint)
     if class_names is None:
         return found
     if not isinstance(found, IdxFiles):
@@ -88,14 +94,14 @@ def detect_source(source: str, class_names: Sequence[str] | None = None) -> Sour
     return replace(found, class_names=class_names)
 
 
-def _detect_source(source: str) -> Source | ExistingShards:
+def _detect_source(source: str, hint: str | None) -> Source | ExistingShards:
     if store.is_url(source):
         return ExistingShards(source)
     path = Path(source).expanduser()
     if path.is_file():
         return _detect_file(path)
     if not path.is_dir():
-        raise SourceError(f"missing data folder: {path} not found. {_LAYOUTS_HINT}")
+        raise SourceError(f"missing data folder: {path} not found. {hint or _LAYOUTS_HINT}")
     found = _detect_folder(path)
     if found is None:
         raise SourceError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base import schema
-from pipeline.base.errors import ConfigError, SourceError
+from pipeline.base.errors import ConfigError
 from pipeline.base.images import is_system_file
 from pipeline.packing.sources import detect
 from pipeline.packing.sources.detect import ExistingShards, Source
@@ -27,10 +27,7 @@ def open_source(data: schema.Data) -> Source | ExistingShards:
     """
     if data.name == DIGITS_NAME:
         write_digits(Path(data.source))
-    is_missing = "://" not in data.source and not Path(data.source).expanduser().exists()
-    if is_missing and data.source_hint:
-        raise SourceError(f"missing data folder: {data.source} not found. {data.source_hint}")
-    return detect.detect_source(data.source, data.class_names)
+    return detect.detect_source(data.source, data.class_names, data.source_hint)
 
 
 def write_digits(folder: Path) -> None:
