@@ -1,6 +1,6 @@
 """How often the 95 % intervals of pipeline.evaluation.statistics hold the true value, in simulation.
 
-    python -m tests.evaluation.coverage [repetitions]      # the table in docs/measuring.md
+    python -m tests.evaluation.coverage [repetitions]      # the figures in docs/measuring.md
 
 Whether seed s of network m is right about image i is the sign of a normal variable, the sum of what all networks make
 of the image, what network m makes of it, what the seed is worth, and what this seed makes of this image. So the true
