@@ -30,6 +30,7 @@ from pipeline.sweeps import trial
 from pipeline.sweeps.reporter import SweepReporter
 from pipeline.sweeps.sweep import Sweep
 from pipeline.sweeps.trial import TrialDirectory, TrialOutcome, TrialSpec
+from pipeline.training import report_log
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class PlanSearcher(Searcher):
         self._running: dict[str, TrialSpec] = {}  # by Tune's id
         self._finished: dict[str, TrialOutcome] = {}  # by fingerprint
         self._restarts: Counter[str] = Counter()  # by fingerprint
+        self._warned_of_eager = False
         self.stopped: set[str] = set()  # Tune's ids of trials that the scheduler has stopped
         for name in plans:
             self._start_round(name, None)
@@ -180,6 +182,9 @@ class PlanSearcher(Searcher):
                 return  # neither finished nor stopped by the scheduler: Tune was asked to stop
             state: trial.State = saved_outcome.get("state", "failed" if error else "stopped")
             message = saved_outcome.get("message")
+            if spec.experiment.train.compile and saved_outcome.get("compiled") is False and not self._warned_of_eager:
+                self._warned_of_eager = True
+                logger.warning(report_log.EAGER_WARNING)
             if error:
                 message = folder.load("failure").get("message", "its process died")
             else:

@@ -163,7 +163,7 @@ def run_trial(config: Mapping[str, Any]) -> None:
     for row in outcome["history"][len(folder.load_history()) :]:  # missing if killed between checkpoint and report
         folder.append_epoch(row)
         tune.report(row)
-    folder.save("outcome", {"state": outcome["status"], "message": outcome["message"]})
+    folder.save("outcome", {"state": outcome["status"], **{key: outcome[key] for key in ("message", "compiled")}})
     folder.cleanup()
 
 
@@ -172,11 +172,12 @@ class LocalContext:
 
     rank, world_size = 0, 1
 
-    def __init__(self, folder: TrialDirectory) -> None:
+    def __init__(self, folder: TrialDirectory, *, gpu: bool) -> None:
         import torch
 
         self._folder = folder
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Not torch.cuda.is_available(): a trial without a GPU of its own sees those of other trials.
+        self.device = torch.device("cuda" if gpu else "cpu")
 
     def report(self, metrics: dict[str, Any]) -> None:
         """Appends to the history file first, then reports to Tune, which may end the trial here."""
@@ -190,7 +191,7 @@ class LocalContext:
 def _train_in_process(task: Any, folder: TrialDirectory, config: Mapping[str, Any]) -> dict[str, Any]:
     from pipeline.training import worker
 
-    return worker.train_loop_per_worker(task, LocalContext(folder))
+    return worker.train_loop_per_worker(task, LocalContext(folder, gpu=config["gpu"]))
 
 
 def _train_with_ray_train(task: Any, folder: TrialDirectory, config: Mapping[str, Any]) -> dict[str, Any]:

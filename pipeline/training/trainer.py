@@ -214,6 +214,8 @@ def _make_report_handler(experiment: Experiment, run_name: str, mlflow_run_id: s
         elif "start_step" in entry:
             eta_start.clear()
             _log_start(run_name, entry, recipe_.global_batch_size)
+            if experiment.train.compile and not entry["compiled"]:
+                logger.warning("%s: %s", run_name, report_log.EAGER_WARNING)
         else:
             now, epoch, left = time.monotonic(), entry["epoch"], recipe_.epochs - entry["epoch"] - 1
             eta_start[:] = eta_start or [epoch, now]
@@ -291,5 +293,6 @@ def _write_outputs(
             "status": outcome["status"],
             "message": outcome["message"],
             "best_epoch": outcome["best_epoch"][loop.WEIGHTS],
+            "compiled": outcome["compiled"],
         },
     )
