@@ -51,7 +51,7 @@ class TrainedRun:
     metrics: Mapping[str, Any]
     """Content of metrics.json; empty before `evaluate`."""
     notes: Mapping[str, Any]
-    """Content of run.json: status, reason of a divergence, best epoch, fingerprint, MLflow run, whether it was compiled."""
+    """Content of run.json: status, reason of a divergence, best epoch, fingerprint, MLflow run, compiled or not."""
     failure: str | None
     """Why the run did not converge; None if it converged or was not evaluated."""
 

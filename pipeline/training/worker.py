@@ -18,11 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flopeq.hardware import can_compile
 from pipeline.base.config import Experiment
+from pipeline.base.files import open_filesystem
 from pipeline.base.schema import Recipe
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
 from pipeline.training import device_settings, loop, recipe
-from pipeline.training.checkpoints import CheckpointManager, open_filesystem
+from pipeline.training.checkpoints import CheckpointManager
 
 _POLL_S = 1.0
 
