@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.source_code import code_of
 from pipeline.base.yaml_files import read_yaml
-from pipeline.training.fingerprint import code_of
 
 PARAMS = Path("params.yaml")
 

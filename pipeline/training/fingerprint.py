@@ -7,7 +7,6 @@ are not hashed.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.source_code import code_of
 from pipeline.base.yaml_files import read_yaml
 from pipeline.shards import manifests
 
@@ -107,18 +107,3 @@ def fingerprinted_files() -> tuple[str, ...]:
             file for file in files if not any(file == left or file.startswith(f"{left}/") for left in NOT_FINGERPRINTED)
         )
     )
-
-
-def code_of(source: str) -> str:
-    """Returns the code of a Python file without comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [
-                statement for statement in body
-                if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-                        and isinstance(statement.value.value, str))
-            ]  # fmt: skip
-            node.body = kept or [ast.Pass()]  # pyright: ignore[reportAttributeAccessIssue]
-    return ast.unparse(tree)
