@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import tempfile
 from collections import Counter
@@ -84,6 +83,7 @@ def run_sweep(
     os.environ.update({**TUNE_ENV, **os.environ})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns about files that we do not use
     lock = locks.hold_lock(trials_dir / "lock", f"the sweep {sweep.name} in {Path.cwd()}")
+    (trials_dir / f"{trial.USED_TRIALS}.json").unlink(missing_ok=True)  # until the sweep has ended
     with lock, reporter, tempfile.TemporaryDirectory() as scratch, _sigterm_as_sigint():
         tune.Tuner(
             tune.with_resources(trial.run_trial, tune.PlacementGroupFactory([trial_resources])),
@@ -105,7 +105,7 @@ def run_sweep(
         if searcher.has_pending_trials:  # Tune was asked to stop
             raise KeyboardInterrupt
         finished = {outcome.spec.fingerprint for done in searcher.outcomes.values() for outcome in done}
-        _remove_stale_trials(trials_dir, finished)
+        TrialDirectory(trials_dir).save(trial.USED_TRIALS, {"fingerprints": sorted(finished)})
     return searcher.outcomes, reporter
 
 
@@ -305,10 +305,3 @@ def _sigterm_as_sigint() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _remove_stale_trials(trials_dir: Path, fingerprints: set[str]) -> None:
-    """Removes the trials of other configurations."""
-    for path in trials_dir.iterdir():
-        if path.is_dir() and path.name not in fingerprints:
-            shutil.rmtree(path, ignore_errors=True)

@@ -27,6 +27,9 @@ TRIAL_STATES: tuple[State, ...] = ("finished", "stopped", "diverged", "failed")
 
 METRIC = "val/top1_pct"
 
+USED_TRIALS = "used"
+"""Name of the file in a sweep's directory that lists the fingerprints of its trials, once the sweep has ended."""
+
 MAX_FAILURES = 2  # restarts of a trial after its process or a worker died
 
 
@@ -120,6 +123,17 @@ class TrialDirectory:
         for path in self.path.iterdir() if self.path.is_dir() else ():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def list_unused_trials(trials_dir: Path) -> list[Path]:
+    """Returns the directories of trials that a finished sweep does not use: those of other configurations.
+
+    Of a sweep that has not ended, every trial may still be used.
+    """
+    used = TrialDirectory(trials_dir).load(USED_TRIALS).get("fingerprints")
+    if used is None:
+        return []
+    return sorted(path for path in trials_dir.iterdir() if path.is_dir() and path.name not in used)
 
 
 def worker_resources(settings: Train, gpu: bool) -> dict[str, int | float]:

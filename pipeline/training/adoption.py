@@ -36,19 +36,11 @@ def log_other_configurations(run_dir: RunDirectory, inputs: Mapping[str, Any], r
         run_name,
         newest.list_checkpoints()[-1],
         newest.storage,
-        "; ".join(_shorten(differences(newest, inputs))),
+        "; ".join(_shorten(newest.differences(inputs))),
         run_name,
         newest.fingerprint,
         f", also of {len(others) - 1} older configurations" if len(others) > 1 else "",
     )
-
-
-def differences(other: RunDirectory, inputs: Mapping[str, Any]) -> list[str]:
-    """Returns a phrase for every input that differs between another configuration and these inputs."""
-    before = other.load("inputs")
-    if not before:
-        return ["it does not say what it was made from"]
-    return describe_differences(before, inputs)
 
 
 def adopt_checkpoint(
@@ -91,7 +83,7 @@ def adopt_checkpoint(
     own_files.create_dir(own_path, recursive=True)
     copy_files(path, own_path, source_filesystem=files, destination_filesystem=own_files)
     step = int(PurePosixPath(path).name.removeprefix("step-"))
-    found = differences(source, inputs)
+    found = source.differences(inputs)
     run_dir.save("adopted", {"fingerprint": fingerprint, "step": step, "differences": found})
     logger.warning("%s continues from %s of configuration %s: %s", run_name, name, fingerprint, "; ".join(found))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.base.config import Experiment
 from pipeline.base.files import open_filesystem, read_json, write_json
+from pipeline.training.fingerprint import describe_differences
 
 RAY_RUN_PREFIX = "ray-"
 
@@ -106,6 +107,11 @@ class RunDirectory:
     def save_status(self, mlflow_run_id: str, status: str, *, is_tracked: bool = False) -> None:
         """Saves the MLflow run of the training, its status, and whether MLflow has its outcome."""
         self.save("run", {"mlflow_run_id": mlflow_run_id, "status": status, "is_tracked": is_tracked})
+
+    def differences(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Returns a phrase for every input of this configuration that differs from these inputs."""
+        own = self.load("inputs")
+        return describe_differences(own, inputs) if own else ["it does not say what it was made from"]
 
     def delete(self) -> None:
         """Deletes all files of this configuration."""
