@@ -118,17 +118,27 @@ def create_experiment(name: str) -> None:
     _experiment_id(_client(), name)
 
 
-def start_run(experiment: Experiment, run_name: str, *, resume: str | None = None, device: str | None = None) -> str:
+def start_run(
+    experiment: Experiment,
+    run_name: str,
+    *,
+    resume: str | None = None,
+    device: str | None = None,
+    adopted: str | None = None,
+) -> str:
     """Starts an MLflow run with the parameters and tags of a run, or reopens `resume`. Returns its id.
 
     Args:
         resume: id of an interrupted MLflow run to resume; if it was deleted, a new one is started, with a warning.
         device: name of the training device; None: the device that this process would use.
+        adopted: fingerprint of the configuration whose checkpoint the training starts from, as a tag.
     """
     client = _client()
     if resume is not None and _reopen_run(client, resume):
         return resume
     tags = {**_run_tags(experiment, run_name), **_provenance_tags(), "device": device or _device_name(experiment)}
+    if adopted is not None:
+        tags["adopted"] = adopted
     return _create_run(client, experiment, run_name, _flatten(experiment.resolved(run_name)), tags)
 
 

@@ -39,8 +39,11 @@ def run_stage(stage: Callable[..., object]) -> None:
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `stages.repro` has DVC, and so its stages, ignore it
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from stages.inputs import unchanged_inputs
+
     try:
-        stage(*sys.argv[1:])
+        with unchanged_inputs():
+            stage(*sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -1,10 +1,16 @@
-"""`make repro`: checks the experiment, runs stale stages on one Ray cluster, prints the comparison."""
+"""`make repro`: checks the experiment, runs stale stages on one Ray cluster, prints the comparison.
+
+DVC runs every stage, one after another. Stale trainings are started ahead of it, side by side. DVC's `train@<run>` then
+takes over the training whose fingerprint is that of now, within seconds, or trains itself. So dvc.lock never says that
+weights were made with parameters that were written while they were trained.
+"""
 
 from __future__ import annotations
 
 import argparse
 import configparser
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -26,6 +32,12 @@ if TYPE_CHECKING:
 _DVC = (sys.executable, "-m", "dvc")
 
 LOCK = Path(".repro.lock")
+
+_BESIDE_RUNS = ("sweep_recipe", "sweep_hybrid", "paper_sizes")
+"""Stages that do not depend on the trained runs."""
+
+_SUMMARIES = ("complexity", "throughput", "report")
+"""Stages that depend on all runs, in their order."""
 
 _POLL_S = 0.1
 
@@ -50,13 +62,16 @@ def _run(args: argparse.Namespace) -> None:
     for name in runs:
         experiment.run(name)
     targets = [f"evaluate@{name}" for name in runs]
+    status = 0
     if subprocess.run([*_DVC, "status", "--quiet", "--with-deps", *targets]).returncode:
         check.run()
         check_git()
-        _run_pipeline(experiment, runs or list(experiment.models), targets)
+        status = _run_pipeline(experiment, runs or list(experiment.models), targets)
     if runs:  # alone, because its dependency `outputs` would have DVC train all other runs
         _run_dvc("repro", "--single-item", "complexity")
     report.print_report(runs)
+    if status:
+        sys.exit(status)
 
 
 def check_git() -> None:
@@ -71,21 +86,43 @@ def check_git() -> None:
         )
 
 
-def _run_pipeline(experiment: config.Experiment, run_names: Sequence[str], targets: Sequence[str]) -> None:
-    """Runs `dvc repro`, but trains the runs in parallel, because they do not depend on each other."""
+def _run_pipeline(experiment: config.Experiment, run_names: Sequence[str], targets: Sequence[str]) -> int:
+    """Runs `dvc repro` on the targets (none: all stages), but trains the runs in parallel before it.
+
+    If a run fails, the others are evaluated and reported all the same. Returns the status of the first failure, or 0.
+    """
     settings = experiment.train
     with cluster.local_cluster(settings.least_workers * settings.cpus_per_worker):
         _run_dvc("repro", "shard", *_recipe_stages(experiment, run_names))  # includes the sweeps that find some of them
         stages = [f"train@{name}" for name in run_names]
         changed = json.loads(subprocess.check_output([*_DVC, "status", "--json", *stages]))
-        if stale := [name for name in run_names if f"train@{name}" in changed]:
-            statuses = train_all.train_runs(stale, experiment)
-            # DVC records their outputs as if it had run them.
-            if done := [f"train@{name}" for name in stale if not statuses[name]]:
-                _run_dvc("commit", "--quiet", "--force", *done)
-            if failed := [status for status in statuses.values() if status]:
-                sys.exit(failed[0])
-        _run_dvc("repro", *targets)
+        stale = [name for name in run_names if f"train@{name}" in changed]
+        statuses = train_all.train_runs(stale, experiment) if stale else {}
+        failed = [name for name, status in statuses.items() if status]
+        if failed:
+            others = [f"evaluate@{name}" for name in run_names if name not in failed]
+            remaining = [*others, *(() if targets else _BESIDE_RUNS)]
+        else:
+            remaining = targets
+        failures = [statuses[name] for name in failed]
+        if remaining or not failed:
+            failures += _try_dvc("repro", "--keep-going", *remaining)
+        if failures and not targets:  # alone, because they depend on `outputs`, and so on the runs that failed
+            failures += _try_dvc("repro", "--single-item", *_SUMMARIES)
+        if failed:
+            logging.error("%s failed to train; the other runs are evaluated", ", ".join(failed))
+        return failures[0] if failures else 0
+
+
+def _try_dvc(*words: str) -> list[int]:
+    """Runs DVC. Returns a list of its exit status if it fails, or an empty list. Exits after a SIGTERM."""
+    try:
+        _run_dvc(*words)
+    except SystemExit as failure:
+        if failure.code == 128 + signal.SIGTERM:
+            raise
+        return [int(failure.code or 0)]
+    return []
 
 
 def _recipe_stages(experiment: config.Experiment, run_names: Sequence[str]) -> list[str]:

@@ -37,6 +37,7 @@ def train_runs(run_names: Sequence[str], experiment: config.Experiment) -> dict[
     SIGINT and SIGTERM are forwarded to all, and this process exits with 128 + the signal once they have ended.
     """
     from pipeline import track
+    from pipeline.training import failures
 
     track.create_experiment(experiment.tracking.experiment)
     settings = experiment.train
@@ -67,6 +68,7 @@ def train_runs(run_names: Sequence[str], experiment: config.Experiment) -> dict[
     for name, status in statuses.items():
         if status:
             logging.error("%s failed with status %d; the reason is above", name, status)
+            failures.note_exit(name, status)
     return statuses
 
 

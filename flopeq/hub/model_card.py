@@ -51,7 +51,7 @@ class TrainedRun:
     metrics: Mapping[str, Any]
     """Content of metrics.json; empty before `evaluate`."""
     notes: Mapping[str, Any]
-    """Content of run.json: status, reason of a divergence, best epoch, fingerprint, MLflow run."""
+    """Content of run.json: status, reason of a divergence, best epoch, fingerprint, MLflow run, compiled or not."""
     failure: str | None
     """Why the run did not converge; None if it converged or was not evaluated."""
 
@@ -193,7 +193,7 @@ def _training_section(run: TrainedRun) -> list[str]:
         f"- Recipe `{recipe['name']}`, seed {run.config['seed']}"
         + ("." if epoch is None else f"; the weights are those of epoch {epoch}, the best by validation top-1."),
         f"- Workers: {workers}, of {cores} each; mixed precision {train['amp']}, "
-        f"{'compiled' if train['compile'] else 'eager'}.",
+        f"{'compiled' if run.notes.get('compiled', train['compile']) else 'eager'}.",
     ]
     if run.notes.get("mlflow_run_id"):
         facts.append(f"- Run `{run.config['run']}`: MLflow {run.notes['mlflow_run_id']}, "

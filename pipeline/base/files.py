@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files and checksums."""
+"""Atomic writes, JSON files, checksums, and folders that may be at a URL."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from xxhash import xxh3_128
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 
 def read_json(path: Path, default: Any) -> Any:
@@ -53,6 +56,15 @@ def checksum_file(path: Path) -> str:
         while content := file.read(_CHUNK_BYTES):
             digest.update(content)
     return digest.hexdigest()
+
+
+def open_filesystem(location: str) -> tuple[FileSystem, str]:
+    """Returns the file system of a folder or URL, and the path within it."""
+    from pyarrow import fs  # only trainings need it
+
+    if "://" in location:
+        return fs.FileSystem.from_uri(location)
+    return fs.LocalFileSystem(), str(Path(location).absolute())
 
 
 @contextmanager

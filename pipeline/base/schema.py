@@ -168,7 +168,8 @@ class Train(Section):
     """Whether to keep only the inputs of the blocks and recompute the other activations in the backward pass. It uses
     less memory and takes a third more time."""
     compile: bool
-    """Whether to train with torch.compile. Without a C++ compiler the run logs a warning and trains in eager mode."""
+    """Whether to train with torch.compile. Without a C++ compiler the run logs a warning, trains
+    in eager mode, and says so in run.json and the report."""
     keep_checkpoints: PositiveInt
     """Number of most recent checkpoints to keep. Each includes the best weights so far."""
 

@@ -166,7 +166,7 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         f"Data: {data.name}, images of {data.image_size} × {data.image_size} pixels. Training: {workers} of "
         f"{train.cpus_per_worker} CPU core{'s' if train.cpus_per_worker > 1 else ''}, "
         f"mixed precision {train.amp or 'off'}, "
-        f"{'compiled' if train.compile else 'eager'}; the weights are those of the epoch with the best top-1.",
+        f"{_describe_compilation(experiment, results)}; the weights are those of the epoch with the best top-1.",
         "FLOPs: one image's forward pass in the paper's convention, in which a multiply-add counts 1 and "
         "element-wise operations count too; MACs count multiply-adds only.",
         "Flop agreement: validation images with the same top-1 class as their mirror image. Equivariance error: "
@@ -194,6 +194,15 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
             "compiled, mixed precision."
         )
     return notes
+
+
+def _describe_compilation(experiment: Experiment, results: Sequence[RunResult]) -> str:
+    """Returns whether the trainings were compiled, which a machine without a compiler cannot do."""
+    asked = experiment.train.compile
+    eager = [result.run for result in results if result.run_info and not result.run_info.get("compiled", asked)]
+    if not asked or (eager and len(eager) == len(results)):
+        return "eager"
+    return f"compiled, except {', '.join(eager)}, whose machine lacked a compiler" if eager else "compiled"
 
 
 def render_template(template: str, **content: Any) -> str:

@@ -26,6 +26,7 @@ from pipeline.evaluation.predictions import ImageHits
 from pipeline.evaluation.statistics import Interval
 from pipeline.reporting import baselines
 from pipeline.reporting.speed import Quartiles, quartiles_of, ratios_of_passes, with_quartiles
+from pipeline.training.failures import FAILURE_FILE
 
 METRIC_NAMES = (
     "val/top1_pct",
@@ -255,7 +256,8 @@ def _load_result(
     run = experiment.run(name)
     info = describe(run.model)
     is_paper_model = not run.args and experiment.data.image_size == _PAPER_IMAGE_SIZE
-    metrics, run_info = read_json(folder / "metrics.json", {}), read_json(folder / "run.json", {})
+    failed = read_json(folder / FAILURE_FILE, {})  # what else is there belongs to an earlier training
+    metrics, run_info = ({} if failed else read_json(folder / f"{file}.json", {}) for file in ("metrics", "run"))
     further = [f"{set_}/{key}" for set_ in experiment.data.further_val for key in FURTHER_METRICS]
     measured = {key: float(metrics[key]) for key in (*METRIC_NAMES, *further) if _is_number(metrics.get(key))}
     return RunResult(
@@ -268,9 +270,9 @@ def _load_result(
         family=info and info.family,
         variant=info and info.variant,
         paper=next((row for row in table1() if is_paper_model and row.model == run.model), None),
-        failure=failure_reason(run_info, metrics)
+        failure=(f"its training failed ({failed['message']})" if failed else failure_reason(run_info, metrics))
         or (None if "val/top1_pct" in measured else "it has no validation accuracy"),
-        history=_load_history(folder / "history.csv"),
+        history=() if failed else _load_history(folder / "history.csv"),
         metrics=measured,
         params=complexity.get("params"),
         flops=complexity.get("flops"),
@@ -279,7 +281,7 @@ def _load_result(
         baseline=baselines.baseline_of(experiment, name),
         own_recipe_run=baselines.own_recipe_run_of(experiment, name),
         run_info=run_info,
-        hits=predictions.read_hits(folder),
+        hits=None if failed else predictions.read_hits(folder),
     )
 
 

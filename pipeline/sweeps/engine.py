@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import tempfile
 from collections import Counter
@@ -30,6 +29,7 @@ from pipeline.sweeps import trial
 from pipeline.sweeps.reporter import SweepReporter
 from pipeline.sweeps.sweep import Sweep
 from pipeline.sweeps.trial import TrialDirectory, TrialOutcome, TrialSpec
+from pipeline.training import report_log
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def run_sweep(
     os.environ.update({**TUNE_ENV, **os.environ})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns about files that we do not use
     lock = locks.hold_lock(trials_dir / "lock", f"the sweep {sweep.name} in {Path.cwd()}")
+    (trials_dir / f"{trial.USED_TRIALS}.json").unlink(missing_ok=True)  # until the sweep has ended
     with lock, reporter, tempfile.TemporaryDirectory() as scratch, _sigterm_as_sigint():
         tune.Tuner(
             tune.with_resources(trial.run_trial, tune.PlacementGroupFactory([trial_resources])),
@@ -104,7 +105,7 @@ def run_sweep(
         if searcher.has_pending_trials:  # Tune was asked to stop
             raise KeyboardInterrupt
         finished = {outcome.spec.fingerprint for done in searcher.outcomes.values() for outcome in done}
-        _remove_stale_trials(trials_dir, finished)
+        TrialDirectory(trials_dir).save(trial.USED_TRIALS, {"fingerprints": sorted(finished)})
     return searcher.outcomes, reporter
 
 
@@ -152,6 +153,7 @@ class PlanSearcher(Searcher):
         self._running: dict[str, TrialSpec] = {}  # by Tune's id
         self._finished: dict[str, TrialOutcome] = {}  # by fingerprint
         self._restarts: Counter[str] = Counter()  # by fingerprint
+        self._warned_of_eager = False
         self.stopped: set[str] = set()  # Tune's ids of trials that the scheduler has stopped
         for name in plans:
             self._start_round(name, None)
@@ -180,6 +182,9 @@ class PlanSearcher(Searcher):
                 return  # neither finished nor stopped by the scheduler: Tune was asked to stop
             state: trial.State = saved_outcome.get("state", "failed" if error else "stopped")
             message = saved_outcome.get("message")
+            if spec.experiment.train.compile and saved_outcome.get("compiled") is False and not self._warned_of_eager:
+                self._warned_of_eager = True
+                logger.warning(report_log.EAGER_WARNING)
             if error:
                 message = folder.load("failure").get("message", "its process died")
             else:
@@ -300,10 +305,3 @@ def _sigterm_as_sigint() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _remove_stale_trials(trials_dir: Path, fingerprints: set[str]) -> None:
-    """Removes the trials of other configurations."""
-    for path in trials_dir.iterdir():
-        if path.is_dir() and path.name not in fingerprints:
-            shutil.rmtree(path, ignore_errors=True)

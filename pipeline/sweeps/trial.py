@@ -27,6 +27,9 @@ TRIAL_STATES: tuple[State, ...] = ("finished", "stopped", "diverged", "failed")
 
 METRIC = "val/top1_pct"
 
+USED_TRIALS = "used"
+"""Name of the file in a sweep's directory that lists the fingerprints of its trials, once the sweep has ended."""
+
 MAX_FAILURES = 2  # restarts of a trial after its process or a worker died
 
 
@@ -122,6 +125,17 @@ class TrialDirectory:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def list_unused_trials(trials_dir: Path) -> list[Path]:
+    """Returns the directories of trials that a finished sweep does not use: those of other configurations.
+
+    Of a sweep that has not ended, every trial may still be used.
+    """
+    used = TrialDirectory(trials_dir).load(USED_TRIALS).get("fingerprints")
+    if used is None:
+        return []
+    return sorted(path for path in trials_dir.iterdir() if path.is_dir() and path.name not in used)
+
+
 def worker_resources(settings: Train, gpu: bool) -> dict[str, int | float]:
     """Returns the resources of each worker of a trial: its cores, its loaders' cores, a GPU."""
     return {"CPU": settings.cpus_per_worker + settings.loader_workers, **({"GPU": 1} if gpu else {})}
@@ -163,7 +177,7 @@ def run_trial(config: Mapping[str, Any]) -> None:
     for row in outcome["history"][len(folder.load_history()) :]:  # missing if killed between checkpoint and report
         folder.append_epoch(row)
         tune.report(row)
-    folder.save("outcome", {"state": outcome["status"], "message": outcome["message"]})
+    folder.save("outcome", {"state": outcome["status"], **{key: outcome[key] for key in ("message", "compiled")}})
     folder.cleanup()
 
 
@@ -172,11 +186,12 @@ class LocalContext:
 
     rank, world_size = 0, 1
 
-    def __init__(self, folder: TrialDirectory) -> None:
+    def __init__(self, folder: TrialDirectory, *, gpu: bool) -> None:
         import torch
 
         self._folder = folder
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Not torch.cuda.is_available(): a trial without a GPU of its own sees those of other trials.
+        self.device = torch.device("cuda" if gpu else "cpu")
 
     def report(self, metrics: dict[str, Any]) -> None:
         """Appends to the history file first, then reports to Tune, which may end the trial here."""
@@ -190,7 +205,7 @@ class LocalContext:
 def _train_in_process(task: Any, folder: TrialDirectory, config: Mapping[str, Any]) -> dict[str, Any]:
     from pipeline.training import worker
 
-    return worker.train_loop_per_worker(task, LocalContext(folder))
+    return worker.train_loop_per_worker(task, LocalContext(folder, gpu=config["gpu"]))
 
 
 def _train_with_ray_train(task: Any, folder: TrialDirectory, config: Mapping[str, Any]) -> dict[str, Any]:

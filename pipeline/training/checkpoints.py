@@ -14,16 +14,14 @@ import json
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import IO, Any, cast
 
-import pyarrow.fs
 import torch
 from pyarrow.fs import FileSelector, FileSystem, FileType
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.base.files import new_checksum
+from pipeline.base.files import new_checksum, open_filesystem
 
 Weights = Mapping[str, Tensor]
 
@@ -32,13 +30,6 @@ _COMPLETE_FILE, _STATE_FILE = "complete.json", "state.pt"
 _NAME_PATTERN = re.compile(r"step-\d{8}")
 
 _CHUNK = 8 << 20  # bytes
-
-
-def open_filesystem(location: str) -> tuple[FileSystem, str]:
-    """Returns the file system of a folder or URL, and the path within it."""
-    if "://" in location:
-        return FileSystem.from_uri(location)
-    return pyarrow.fs.LocalFileSystem(), str(Path(location).absolute())
 
 
 class CheckpointManager:
@@ -93,6 +84,25 @@ class CheckpointManager:
                 with self._files.open_input_file(f"{folder}/{file_name}") as file:
                     best[file_name.removesuffix(".safetensors")] = load(file.read())
         return state, best
+
+    def weights_entries(self, name: str) -> dict[str, dict[str, str]]:
+        """Returns the file of each of the best weights of a checkpoint, relative to the location, and its checksum."""
+        return {
+            file_name.removesuffix(".safetensors"): {"file": f"{name}/{file_name}", "xxh3": entry["xxh3"]}
+            for file_name, entry in self._read_complete_file(name).items()
+            if file_name.endswith(".safetensors")
+        }
+
+    def save_weights(self, name: str, weights: Mapping[str, Weights]) -> dict[str, dict[str, str]]:
+        """Writes weights without a checkpoint. Returns their `weights_entries`."""
+        self._files.create_dir(f"{self._root}/{name}", recursive=True)
+        entries = {}
+        for key, tensors in weights.items():
+            path = f"{name}/{key}.safetensors"
+            with _ChecksumFile(self._files, f"{self._root}/{path}") as file:
+                file.write(save(dict(tensors)))
+            entries[key] = {"file": path, "xxh3": file.entry["xxh3"]}
+        return entries
 
     def _write(self, name: str, state: Any, best: Mapping[str, Weights]) -> None:
         folder = f"{self._root}/{name}"

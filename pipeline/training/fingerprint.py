@@ -7,7 +7,6 @@ are not hashed.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.source_code import code_of
 from pipeline.base.yaml_files import read_yaml
 from pipeline.shards import manifests
 
@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_FINGERPRINTED = (
     "pipeline/shards", "pipeline/cluster.py", "flopeq/backends/malloc.py",
     *(f"pipeline/training/{name}.py" for name in
-      ("trainer", "run_directory", "fingerprint", "report_log", "checkpoints", "device_settings")),
+      ("adoption", "checkpoints", "device_settings", "failures", "fingerprint", "outputs", "pruning",
+       "report_log", "run_directory", "trainer")),
 )  # fmt: skip
 """Code that starts, stores or reports a training and does not affect its weights."""
 
@@ -38,17 +39,58 @@ FINGERPRINT_IGNORED = {
 
 def compute_fingerprint(configuration: Mapping[str, Any], shards: manifests.Shards) -> str:
     """Returns a hash of everything that determines the final weights: configuration, data, code, packages."""
+    return hash_inputs(training_inputs(configuration, shards))
+
+
+def hash_inputs(inputs: Mapping[str, Any]) -> str:
+    """Returns the fingerprint of the inputs of a training."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def training_inputs(configuration: Mapping[str, Any], shards: manifests.Shards) -> dict[str, Any]:
+    """Returns everything that determines the final weights, by name.
+
+    The names are those of settings (`recipe.lr`), of packages (`torch`) with their version, of files of code with a
+    hash, and `data` with a hash of the shards' content.
+    """
     relevant = {
         section: {key: value for key, value in configuration[section].items() if key not in ignored}
         for section, ignored in FINGERPRINT_IGNORED.items()
     }
-    versions = [version(package) for package in ("ray", "simplejpeg", "timm", "torch")]
-    content = [{**configuration, **relevant}, versions, shards.fingerprint]
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-    for path in fingerprinted_files():
-        digest.update(path.encode())
-        digest.update(code_of((ROOT / path).read_text()).encode())
-    return digest.hexdigest()[:16]
+    return {
+        **_flatten({**configuration, **relevant}),
+        **{package: version(package) for package in ("ray", "simplejpeg", "timm", "torch")},
+        "data": shards.fingerprint,
+        **{path: _hash_code(ROOT / path) for path in fingerprinted_files()},
+    }
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a phrase for every input that differs, such as `recipe.lr 0.1 -> 0.2`, `loop.py changed`."""
+    phrases = []
+    for name in dict.fromkeys([*now, *before]):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        is_hash = name == "data" or name.endswith(".py")
+        action = "is new" if name not in before else "is gone" if name not in now else "changed"
+        phrases.append(f"{name} {action}" if is_hash else f"{name} {old} -> {new}")
+    return phrases
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"recipe": {"lr": 0.1}} -> {"recipe.lr": 0.1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _hash_code(path: Path) -> str:
+    return hashlib.sha256(code_of(path.read_text()).encode()).hexdigest()
 
 
 @cache
@@ -65,18 +107,3 @@ def fingerprinted_files() -> tuple[str, ...]:
             file for file in files if not any(file == left or file.startswith(f"{left}/") for left in NOT_FINGERPRINTED)
         )
     )
-
-
-def code_of(source: str) -> str:
-    """Returns the code of a Python file without comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            kept = [
-                statement for statement in body
-                if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-                        and isinstance(statement.value.value, str))
-            ]  # fmt: skip
-            node.body = kept or [ast.Pass()]  # pyright: ignore[reportAttributeAccessIssue]
-    return ast.unparse(tree)

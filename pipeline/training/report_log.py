@@ -15,6 +15,11 @@ from typing import Any
 
 from ray.train import UserCallback
 
+EAGER_WARNING = (
+    "train.compile is set, but a worker's machine has no C++ compiler, no Python headers or, on a GPU, no Triton: it "
+    "trains eagerly"
+)
+
 _POLL_S = 0.2
 
 

@@ -1,13 +1,13 @@
 """Trains a run of the experiment with Ray Train and writes outputs/<run>.
 
 The fingerprint of a configuration names its checkpoint folder, and `run.json` there holds its MLflow run. A training of
-the same configuration resumes from the latest checkpoint, in the same MLflow run, however it ended before. A finished
-training only writes its outputs again. A different configuration starts from the beginning.
+the same configuration resumes from the latest checkpoint, in the same MLflow run, however it ended before. A training
+that has ended only writes its outputs again (pipeline/training/outputs.py). A different configuration starts from the
+beginning, beside what the others left, or from a checkpoint that it is told to adopt.
 """
 
 from __future__ import annotations
 
-import csv
 import logging
 import signal
 import sys
@@ -22,48 +22,49 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
-from safetensors.torch import save_file
 
 from pipeline import cluster
 from pipeline.base import locks
 from pipeline.base.config import Experiment
 from pipeline.base.errors import ConfigError
-from pipeline.base.files import write_json
-from pipeline.base.yaml_files import dump_yaml
 from pipeline.shards import manifests
-from pipeline.training import loop, recipe, report_log
+from pipeline.training import adoption, loop, outputs, recipe, report_log
 from pipeline.training.checkpoints import CheckpointManager
-from pipeline.training.fingerprint import compute_fingerprint
+from pipeline.training.fingerprint import hash_inputs, training_inputs
 from pipeline.training.run_directory import RAY_RUN_PREFIX, RunDirectory
 from pipeline.training.worker import WorkerTask, train_loop_per_worker
 
 logger = logging.getLogger(__name__)
 
-HISTORY_COLUMNS = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
-
-EMA_HISTORY_COLUMNS = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
-
-WEIGHTS_FILES = {loop.WEIGHTS: "weights.safetensors", loop.EMA_WEIGHTS: "weights_ema.safetensors"}
-
 _MAX_FAILURES = 3  # of workers or nodes, without progress in between
 
 
-def train_run(experiment: Experiment, run_name: str) -> None:
+def train_run(experiment: Experiment, run_name: str, *, adopt: str | None = None) -> None:
     """Trains or resumes a run and writes outputs/<run>/, the outs of the stage `train@<run>`.
 
+    Args:
+        adopt: fingerprint of another configuration of this run, to continue from its latest checkpoint.
     Raises:
-        ConfigError, ShardError, ClusterError: for invalid parameters, data or cluster.
+        ConfigError, ShardError, ClusterError: for invalid parameters, data or cluster, or a checkpoint that does not
+            fit.
         BusyError: if another process trains this run.
     """
     shards = manifests.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
     settings, configuration = experiment.train, experiment.resolved(run_name)
     # These checks would otherwise fail late, on the workers.
     recipe.check_recipe(experiment.recipe(run_name), experiment.data, settings)
-    _build_model(experiment, run_name, shards.num_classes, device="meta")
+    model = _build_model(experiment, run_name, shards.num_classes, device="meta")
     cluster.connect(cpus=settings.least_workers * settings.cpus_per_worker)
     gpu = _use_gpu(experiment)
-    run_dir = RunDirectory.for_run(experiment, run_name, compute_fingerprint(configuration, shards))
+    inputs = training_inputs(configuration, shards)
+    run_dir = RunDirectory.for_run(experiment, run_name, hash_inputs(inputs))
     with locks.hold_lock(run_dir.lock_file, f"the run {run_name} in {Path.cwd()}"):
+        if adopt is not None:
+            names = loop.evaluated_names(experiment.recipe(run_name))
+            adoption.adopt_checkpoint(run_dir, adopt, inputs, model, names)
+        if not run_dir.list_checkpoints():
+            adoption.log_other_configurations(run_dir, inputs, run_name)
+        run_dir.resume_or_create(inputs)
         _train(experiment, run_name, shards, configuration, run_dir, gpu=gpu)
 
 
@@ -76,8 +77,8 @@ def _train(
     *,
     gpu: bool,
 ) -> None:
+    """Trains to the end, saves the outcome and writes the outputs. Exits with 143 if it was asked to stop."""
     settings = experiment.train
-    saved_run = run_dir.resume_or_create()
     checkpoints = CheckpointManager(run_dir.checkpoints_location, keep=settings.keep_checkpoints)
     task = WorkerTask(experiment, run_name, str(Path.cwd()), run_dir.checkpoints_location, run_dir.stop_file)
     scaling = ray.train.ScalingConfig(
@@ -89,7 +90,12 @@ def _train(
     from pipeline import track  # imported only once the run is sure to start: MLflow takes seconds
 
     with _stop_on_sigterm(run_dir):
-        mlflow_run_id = track.start_run(experiment, run_name, resume=saved_run.get("mlflow_run_id"))
+        mlflow_run_id = track.start_run(
+            experiment,
+            run_name,
+            resume=run_dir.load("run").get("mlflow_run_id"),
+            adopted=run_dir.load("adopted").get("fingerprint"),
+        )
         run_dir.save_status(mlflow_run_id, "running")
         status = "interrupted"
         try:
@@ -97,19 +103,26 @@ def _train(
                 run_dir.report_log, _make_report_handler(experiment, run_name, mlflow_run_id)
             ) as callback:
                 outcome = _fit_with_restarts(task, scaling, run_dir.storage, callback, checkpoints)
-            track.log_epochs(mlflow_run_id, outcome["history"])  # those missing after an interruption
             if outcome["status"] == "stopped":
                 logger.warning("%s was stopped and saved a checkpoint: the same command resumes from it", run_name)
                 sys.exit(128 + signal.SIGTERM)
-            status = outcome["status"]
-            weights = _load_best_weights(
+            weights = _save_best_weights(
                 checkpoints, outcome, lambda: _build_model(experiment, run_name, shards.num_classes)
             )
-            _write_outputs(Path("outputs") / run_name, configuration, outcome, weights, run_dir, mlflow_run_id)
+            run_dir.save("outcome", {**outcome, "weights": weights, "configuration": configuration})
+            status = outcome["status"]
             run_dir.save_status(mlflow_run_id, status)
+        except Exception:
+            status = "failed"
+            raise
         finally:
             run_dir.cleanup()
-            track.end_run(mlflow_run_id, status)
+            if status in ("interrupted", "failed"):  # otherwise, MLflow gets the status with the outcome
+                outputs.try_tracking(
+                    lambda: track.end_run(mlflow_run_id, status), f"MLflow shows {run_name} as running"
+                )
+        outputs.write_outputs(run_dir)
+        outputs.track_outcome(run_dir)
 
 
 def _fit_with_restarts(
@@ -214,6 +227,8 @@ def _make_report_handler(experiment: Experiment, run_name: str, mlflow_run_id: s
         elif "start_step" in entry:
             eta_start.clear()
             _log_start(run_name, entry, recipe_.global_batch_size)
+            if experiment.train.compile and not entry["compiled"]:
+                logger.warning("%s: %s", run_name, report_log.EAGER_WARNING)
         else:
             now, epoch, left = time.monotonic(), entry["epoch"], recipe_.epochs - entry["epoch"] - 1
             eta_start[:] = eta_start or [epoch, now]
@@ -229,7 +244,10 @@ def _make_report_handler(experiment: Experiment, run_name: str, mlflow_run_id: s
                 entry["perf/img_per_s"],
                 eta,
             )
-            track.log_epoch(mlflow_run_id, entry)
+            try:
+                track.log_epoch(mlflow_run_id, entry)
+            except Exception as error:  # of the tracking server, which must not end the training
+                logger.warning("MLflow misses epoch %d of %s until its end: %s", epoch + 1, run_name, error)
 
     return handle_report
 
@@ -249,47 +267,11 @@ def _log_start(run_name: str, entry: dict[str, Any], global_batch_size: int) -> 
     )
 
 
-def _load_best_weights(
+def _save_best_weights(
     checkpoints: CheckpointManager, outcome: dict[str, Any], initial: Callable[[], torch.nn.Module]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Returns the best weights of each name, from the last checkpoint or, without one, the initial weights."""
+) -> dict[str, dict[str, str]]:
+    """Returns the files of the best weights: those of the last checkpoint or, without one, of the initial weights."""
     latest = checkpoints.latest()
     if latest is not None:
-        return checkpoints.load(latest)[1]
-    return {name: loop.copy_weights(initial()) for name in outcome["best_epoch"]}
-
-
-def _write_outputs(
-    folder: Path,
-    configuration: dict[str, Any],
-    outcome: dict[str, Any],
-    weights: dict[str, dict[str, torch.Tensor]],
-    run_dir: RunDirectory,
-    mlflow_run_id: str,
-) -> None:
-    """Writes weights.safetensors, weights_ema.safetensors, history.csv, config.yaml and run.json."""
-    if outcome["status"] == "diverged":
-        logger.warning("%s diverged: %s", configuration["run"], outcome["message"])
-    for name, tensors in weights.items():
-        save_file(tensors, folder / WEIGHTS_FILES[name])
-    ema_columns = EMA_HISTORY_COLUMNS if loop.EMA_WEIGHTS in outcome["best_epoch"] else ()
-    with (folder / "history.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, (*HISTORY_COLUMNS, *ema_columns), lineterminator="\n")
-        table.writeheader()
-        table.writerows(outcome["history"])
-    (folder / "config.yaml").write_text(dump_yaml(configuration))
-    from pipeline import track
-
-    files = [folder / file for file in (*(WEIGHTS_FILES[name] for name in weights), "config.yaml")]
-    track.log_results(mlflow_run_id, {}, files)
-    write_json(
-        folder / "run.json",
-        {
-            "run": configuration["run"],
-            "mlflow_run_id": mlflow_run_id,
-            "fingerprint": run_dir.fingerprint,
-            "status": outcome["status"],
-            "message": outcome["message"],
-            "best_epoch": outcome["best_epoch"][loop.WEIGHTS],
-        },
-    )
+        return checkpoints.weights_entries(latest)
+    return checkpoints.save_weights("initial", dict.fromkeys(outcome["best_epoch"], loop.copy_weights(initial())))

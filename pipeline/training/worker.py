@@ -16,12 +16,14 @@ from pyarrow.fs import FileType
 from ray.train.torch import get_device, prepare_model
 from torch.nn.parallel import DistributedDataParallel
 
+from flopeq.hardware import can_compile
 from pipeline.base.config import Experiment
+from pipeline.base.files import open_filesystem
 from pipeline.base.schema import Recipe
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
 from pipeline.training import device_settings, loop, recipe
-from pipeline.training.checkpoints import CheckpointManager, open_filesystem
+from pipeline.training.checkpoints import CheckpointManager
 
 _POLL_S = 1.0
 
@@ -77,14 +79,16 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
     latest = _broadcast_from_rank_0(checkpoints.latest() if rank == 0 else None, world_size)
     if latest is not None:
         training.load_state_dict(*checkpoints.load(latest, device))
-    batch_size = _microbatch_size(task.experiment, recipe_, model, amp, num_classes, world_size)
-    forward, no_sync = _wrap_model(model, device, compile=settings.compile, world_size=world_size)
+    batch_size = _microbatch_size(task.experiment, recipe_, model, amp, num_classes, world_size, device)
+    compiled = settings.compile and can_compile(device)
+    forward, no_sync = _wrap_model(model, compile=compiled, world_size=world_size)
     context.report(
         {
             "start_step": training.step,
             "steps": steps_per_epoch * recipe_.epochs,
             "workers": world_size,
             "batch_size": batch_size,
+            "compiled": compiled,
             "passed_over": checkpoints.skipped,
         }
     )
@@ -150,31 +154,39 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
         "message": message,
         "history": training.history,
         "best_epoch": {name: best.epoch for name, best in training.best.items()},
+        "compiled": compiled,
     }
 
 
 def _microbatch_size(
-    experiment: Experiment, recipe_: Recipe, model: torch.nn.Module, amp: str | None, num_classes: int, world_size: int
+    experiment: Experiment,
+    recipe_: Recipe,
+    model: torch.nn.Module,
+    amp: str | None,
+    num_classes: int,
+    world_size: int,
+    device: torch.device,
 ) -> int:
     """Returns the number of images per forward pass. A rank's larger part of the global batch takes several passes."""
     requested = experiment.train.batch_per_worker
     share = -(-recipe_.global_batch_size // recipe_.mixup_group // world_size) * recipe_.mixup_group
     if requested != "auto":
         return min(requested, share)
-    if next(model.parameters()).device.type != "cuda":
+    if device.type != "cuda":
         return share
     sizes = device_settings.candidate_batch_sizes(share, recipe_.mixup_group)
     max_size = device_settings.find_max_batch_size(
         model, recipe_, sizes, image_size=experiment.data.image_size, num_classes=num_classes, amp=amp
     )
-    min_size = torch.tensor(max_size, device=get_device())
-    if world_size > 1:
-        torch.distributed.all_reduce(min_size, op=torch.distributed.ReduceOp.MIN)
+    if world_size == 1:
+        return max_size
+    min_size = torch.tensor(max_size, device=device)
+    torch.distributed.all_reduce(min_size, op=torch.distributed.ReduceOp.MIN)
     return int(min_size)
 
 
 def _wrap_model(
-    model: torch.nn.Module, device: torch.device, *, compile: bool, world_size: int
+    model: torch.nn.Module, *, compile: bool, world_size: int
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[], AbstractContextManager]]:
     """Returns the model as training calls it (in DDP if there are several workers) and DDP's `no_sync`."""
     no_sync: Callable[[], AbstractContextManager] = nullcontext
@@ -184,11 +196,7 @@ def _wrap_model(
         model = prepare_model(model, move_to_device=False, parallel_strategy_kwargs={"find_unused_parameters": True})
         assert isinstance(model, DistributedDataParallel)
         no_sync = model.no_sync
-    if compile:
-        from flopeq.hardware import can_compile
-
-        return (torch.compile(model) if can_compile(device) else model), no_sync
-    return model, no_sync
+    return (torch.compile(model) if compile else model), no_sync
 
 
 def _broadcast_from_rank_0(value: Any, world_size: int) -> Any:

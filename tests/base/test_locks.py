@@ -50,7 +50,7 @@ def test_a_run_is_trained_by_one_process(tmp_path, monkeypatch, root):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer.manifests, "Shards", lambda *args, **settings: type("Shards", (), {"num_classes": 10}))
-    monkeypatch.setattr(trainer, "compute_fingerprint", lambda configuration, shards: configuration["model"])
+    monkeypatch.setattr(trainer, "training_inputs", lambda configuration, shards: {"model": configuration["model"]})
     monkeypatch.setattr(trainer.cluster, "connect", lambda cpus: None)
     monkeypatch.setattr(trainer, "_use_gpu", lambda experiment: False)
     trained = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,3 +115,22 @@ def test_stage_prints_the_table_and_where_the_page_lies(
     lines = printed.splitlines()[:-1]
     assert max(map(len, lines)) <= 80 and sum("e-convnext" in line for line in lines) > 1
     assert all(word in printed for word in ("E(ConvNeXt (iso.))", "24,000", "3.1e-07", "98.6"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "compiled", "said"),
+    [
+        (True, {}, "compiled"),
+        (True, {"vit": False}, "compiled, except vit, whose machine lacked a compiler"),
+        (True, {"vit": False, "e-vit": False}, "eager"),
+        (False, {"vit": False, "e-vit": False}, "eager"),
+    ],
+)
+def test_a_training_that_could_not_compile_is_not_called_compiled(asked, compiled, said, tmp_path) -> None:
+    experiment = write_fake_study(tmp_path, {name: None for name in TOP1 if name not in ("vit", "e-vit")})
+    experiment = experiment.model_copy(update={"train": experiment.train.model_copy(update={"compile": asked})})
+    for name, is_compiled in compiled.items():
+        path = tmp_path / "outputs" / name / "run.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "compiled": is_compiled}))
+    notes = page.measurement_notes(experiment, list(load_results(tmp_path, experiment).values()))
+    assert f"mixed precision off, {said}; the weights" in notes[0]

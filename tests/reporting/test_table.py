@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.base.yaml_files import read_yaml
 from pipeline.reporting import page, table
-from tests.reporting.conftest import ROOT, cells, diverge, load_results, set_top1, write_fake_study, write_json
+from tests.reporting.conftest import ROOT, TOP1, cells, diverge, load_results, set_top1, write_fake_study, write_json
 
 
 def test_table_compares_each_run_with_its_baseline(tmp_path: Path) -> None:
@@ -163,3 +163,14 @@ def test_throughputs_measured_differently_are_not_compared(tmp_path: Path) -> No
     path.write_text(json.dumps(entries))
     rows = cells(tmp_path, experiment)
     assert rows["e-vit"]["throughput ratio"] == "–" and rows["e-resmlp"]["throughput ratio"] == "1.20 (1.20–1.23)"
+
+
+def test_a_failed_training_is_marked_and_shows_no_number_of_an_earlier_one(tmp_path):
+    experiment = write_fake_study(tmp_path)
+    (tmp_path / "outputs/e-vit/failed.json").write_text(json.dumps({"message": "out of memory"}))
+    results = load_results(tmp_path, experiment)
+    failed = results["e-vit"]
+    assert failed.label == "e-vit †" and failed.top1_pct is None and failed.history == () and failed.hits is None
+    assert results["vit"].top1_pct == TOP1["vit"]
+    built = table.build_table(list(results.values()))
+    assert "† e-vit did not converge: its training failed (out of memory)." in built.footnotes

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.training.checkpoints import CheckpointManager, open_filesystem
+from pipeline.base.files import open_filesystem
+from pipeline.training.checkpoints import CheckpointManager
 
 FILES = ("state.pt", "plain.safetensors", "complete.json")
 

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
+from pipeline import track
 from pipeline.base import config, errors
 from pipeline.base.yaml_files import dump_yaml, read_yaml
 from pipeline.loading import batching, datasets
@@ -24,6 +26,7 @@ from pipeline.packing.sources import digits
 from pipeline.shards import manifests
 from pipeline.training import loop, recipe, trainer
 from pipeline.training.fingerprint import compute_fingerprint as training_fingerprint
+from stages import train as train_stage
 from tests.conftest import params_with_runs, ray_cluster
 
 # Ray warns of its own use of itself.
@@ -64,13 +67,13 @@ def change(section: str, **values) -> None:
 
 
 @pytest.fixture
-def train(cluster: Cluster, place: Path, caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """Trains the run of the experiment and returns what the training logged."""
+def train(cluster: Cluster, place: Path, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
+    """Runs the stage `train` for the run of the experiment, and returns what it logged."""
     caplog.set_level(logging.INFO, "pipeline")
 
-    def train() -> str:
+    def train(*options: str) -> str:
         caplog.clear()
-        trainer.train_run(config.load_experiment(), "vit")
+        train_stage.run("vit", *options)
         return caplog.text
 
     return train
@@ -85,23 +88,38 @@ def fingerprints() -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_finished_run_rewrites_outputs_and_a_new_config_starts_over(train):
+def test_a_finished_run_rewrites_outputs_and_a_new_config_starts_beside_it_or_adopts_it(train):
     change("recipe", epochs=2, warmup_epochs=1)
     assert "epoch 2/2" in train()
     written = {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()}
-    assert written.keys() == {"weights.safetensors", "history.csv", "run.json", "config.yaml"}
+    assert written.keys() == {
+        "weights.safetensors", "weights_ema.safetensors", "history.csv", "run.json", "config.yaml"
+    }  # fmt: skip
+    assert load_file("outputs/vit/weights_ema.safetensors") == {}
     for name in written:
         Path("outputs/vit", name).unlink()
     output = train()
-    assert "resumes from step 10 of 10" in output and "epoch" not in output
+    assert "vit is trained already" in output and "epoch" not in output
     assert {path.name: path.read_bytes() for path in Path("outputs/vit").iterdir() if path.is_file()} == written
     first = note()
     assert fingerprints() == [first["fingerprint"]]
 
     change("recipe", lr=1e-4)
-    assert "starts at step 0" in train()
-    assert note()["fingerprint"] != first["fingerprint"] and note()["mlflow_run_id"] != first["mlflow_run_id"]
-    assert fingerprints() == [note()["fingerprint"]]
+    output = train()
+    assert "vit starts anew, and keeps step-00000010 of another configuration" in output
+    assert "recipe.lr 0.002 -> 0.0001. " in output and "starts at step 0" in output
+    second = note()
+    assert second["fingerprint"] != first["fingerprint"] and second["mlflow_run_id"] != first["mlflow_run_id"]
+    assert fingerprints() == sorted([first["fingerprint"], second["fingerprint"]])
+
+    change("recipe", epochs=3)
+    output = train("--adopt", second["fingerprint"])
+    assert "recipe.epochs 2 -> 3" in output and "resumes from step 10 of 15" in output
+    differences = ["recipe.epochs 2 -> 3"]
+    assert note()["adopted"] == {"fingerprint": second["fingerprint"], "step": 10, "differences": differences}
+    tags = MlflowClient(track.tracking_uri()).get_run(note()["mlflow_run_id"]).data.tags
+    assert tags["adopted"] == second["fingerprint"] and tags["status"] == "finished"
+    assert len(Path("outputs/vit/history.csv").read_text().splitlines()) == 4
 
 
 @pytest.mark.slow
