@@ -92,11 +92,11 @@ def equal_shares(scores_GB: Tensor) -> Tensor:
 
 
 def has_tie(scores_GB: Tensor, views_GBCHW: Tensor, tolerance: float) -> Tensor:
-    """Whether different views of an image have its largest score, to a relative tolerance. Shape: -> (B,), boolean.
+    """Whether different views of an image have its largest score, to a tolerance. Shape: -> (B,), boolean.
 
     Views that are equal, because a symmetry leaves the image unchanged, are not different.
     """
     largest, index = scores_GB.max(0)
     first = views_GBCHW[index, torch.arange(views_GBCHW.shape[1], device=index.device)]
     differs = (views_GBCHW != first).flatten(2).any(2)
-    return (differs & (scores_GB >= largest - tolerance * largest.abs())).any(0)
+    return (differs & (scores_GB >= largest - tolerance)).any(0)

@@ -131,14 +131,15 @@ class Symmetrized(TimmModel):
     def ties(self, images_BCHW: Tensor, tolerance: float = 1e-6) -> Tensor:
         """Whether "choose" or "canonical" has no unique choice for an image. Shape: (B, C, H, W) -> (B,), boolean.
 
-        For such an image the law need not hold. Scores whose relative difference is below `tolerance` tie. An image
-        that a symmetry leaves unchanged does not tie with itself.
+        For such an image the law need not hold. Scores that differ by less than `tolerance` tie: probabilities for
+        "choose", inner products with the reference over the norm of the image for "canonical". An image that a symmetry
+        leaves unchanged does not tie with itself.
         Raises: ValueError for another `how`, which chooses nothing.
         """
         check_shape(images_BCHW, self.group)
         views = [g(images_BCHW) for g in self.group]
         if self.how == "canonical":
-            scores_GB = self._fits(views)
+            scores_GB = self._fits(views) / images_BCHW.flatten(1).norm(dim=1).clamp_min(1e-30)
         elif self.how == "choose":
             scores_GB = torch.stack([reductions.confidence(self.model(view)) for view in views])
         else:
