@@ -13,9 +13,11 @@ if "_FLOPEQ_COMPLETE" not in os.environ:
     from flopeq.hub.convert import convert_authors_state_dict
     from flopeq.measure.paper import Table1Row, table1
     from flopeq.models import convnext, resmlp, vit
+    from flopeq.symmetrization.wrapper import Symmetrized, symmetrize
 
     raise_trim_threshold()
 
 __all__ = [
-    "Table1Row", "convert_authors_state_dict", "convnext", "keep_freed_memory", "resmlp", "table1", "testing", "vit",
+    "Symmetrized", "Table1Row", "convert_authors_state_dict", "convnext", "keep_freed_memory", "resmlp", "symmetrize",
+    "table1", "testing", "vit",
 ]  # fmt: skip
