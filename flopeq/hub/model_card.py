@@ -128,11 +128,11 @@ def _front_matter(license: str, run: TrainedRun | None) -> str:
 def _description(name: str, args: Mapping[str, Any], symmetrize: Mapping[str, str] | None) -> str:
     info = describe(name)
     if symmetrize:
-        kind, variant = (FAMILIES[info.family], info.variant) if info else (f"`{name}`", "X")
+        source, group, how = (symmetrize[key] for key in ("weights_of", "group", "how"))
         text = (
-            f"The {'ordinary ' * (variant == 'X')}{kind} of the run `{symmetrize['weights_of']}` with its weights, made "
-            f"invariant under the group `{symmetrize['group']}` by `flopeq.symmetrize` (`how=\"{symmetrize['how']}\"`), "
-            "without training. The logits of an image and of its transformed images are the same."
+            f"The network of the run `{source}` with its weights, made invariant under the group `{group}` by "
+            f"`flopeq.symmetrize` (how: {how}), without training. The logits of an image and of its transformed images "
+            "are the same."
         )
     elif info is None:
         return f"`{name}` of timm."
@@ -254,8 +254,8 @@ def _intended_use_section(name: str, run: TrainedRun | None, symmetrize: Mapping
     )
     if symmetrize:
         mirrored = (
-            f" It cannot tell an image from what the group `{symmetrize['group']}` makes of it: do not use it where that "
-            "matters (text, signs, left and right organs)."
+            f" It cannot tell an image from what the group `{symmetrize['group']}` makes of it: do not use it where "
+            "that matters (text, signs, left and right organs)."
         )
     return (
         f"Meant for research on image classification: to classify images into {classes}, to be compared with networks "
