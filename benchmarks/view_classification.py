@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.fashion_mnist import NUM_CLASSES, load_images, load_network
 from benchmarks.robustness import difference_pct
 from benchmarks.saved_predictions import SavedPredictions
-from benchmarks.view_networks import DESIGNS, GROUP, Design, Head, ViewsNetwork, fuse
+from benchmarks.view_networks import DESIGNS, GROUP, Design, Head, SharedFullProduct, build_network, fuse
 from flopeq.measure.flops import count_operations
 from flopeq.measure.throughput import quartiles, time_call
 from pipeline.base.files import checksum_file
@@ -156,28 +156,28 @@ def measure_cost(outputs: Path, *, batch_size: int = 4, runs: int = 7) -> list[C
     encoder, _ = load_encoder(outputs / ENCODERS[0])
     rows = []
     for num_images in NUM_IMAGES:
-        head = Head(num_images, _num_features(encoder), NUM_CLASSES).eval()
-        networks = {design: ViewsNetwork(encoder, head, design).eval() for design in DESIGNS}
-        black_box = ViewsNetwork(encoder, head, "full product", share_passes=False).eval()
-        passes = {"plain": 1, "efficient": len(GROUP), "full product": len(GROUP)}
-        named = {"full product, passes shared" if n == "full product" else n: net for n, net in networks.items()}
-        named["full product"] = black_box
-        images = torch.randn(batch_size, num_images, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-        seconds = _time_alternating(list(named.values()), images, runs)
-        for (name, network), times in zip(named.items(), seconds, strict=True):
-            each = len(GROUP) ** num_images if network is black_box else passes[network.design]
-            ratios = [slow / fast for slow, fast in zip(times, seconds[1], strict=True)]
-            low, high = quartiles([1e3 * s / batch_size for s in times])
+        head = Head(num_images, _num_features(encoder), NUM_CLASSES)
+        order = len(GROUP)
+        networks: dict[str, tuple[nn.Module, int]] = {
+            "plain": (build_network(encoder, head, "plain"), num_images),
+            "efficient": (build_network(encoder, head, "efficient"), order * num_images),
+            "full product": (build_network(encoder, head, "full product"), order**num_images * num_images),
+            "full product, passes shared": (SharedFullProduct(encoder, head), order * num_images),
+        }
+        generator = torch.Generator().manual_seed(0)
+        images = [torch.randn(batch_size, 3, 28, 28, generator=generator) for _ in range(num_images)]
+        seconds = _time_alternating([network.eval() for network, _ in networks.values()], images, runs)
+        efficient = seconds[list(networks).index("efficient")]
+        for (name, (network, passes)), times in zip(networks.items(), seconds, strict=True):
             rows.append(
                 CostRow(
                     num_images,
                     name,
-                    each * num_images,
-                    sum(count_operations(network, images[:1])[0].values()) / 1e6,
+                    passes,
+                    _count_flops(network, images) / 1e6,
                     1e3 * stats.median(times) / batch_size,
-                    low,
-                    high,
-                    stats.median(ratios),
+                    *quartiles([1e3 * elapsed / batch_size for elapsed in times]),
+                    stats.median([slow / fast for slow, fast in zip(times, efficient, strict=True)]),
                 )
             )
             log.info("views: %d images, %s: %.2f ms", num_images, name, rows[-1].ms_per_tuple)
@@ -217,14 +217,31 @@ def _turn(features_TNGC: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.inference_mode()
-def _time_alternating(networks: Sequence[nn.Module], images: Tensor, runs: int) -> list[list[float]]:
+def _time_alternating(networks: Sequence[nn.Module], images: Sequence[Tensor], runs: int) -> list[list[float]]:
     seconds: list[list[float]] = [[] for _ in networks]
     for run in range(runs + 1):
         for times, network in zip(seconds, networks, strict=True):
-            elapsed = time_call(lambda network=network: network(images), images.device)
+            elapsed = time_call(lambda network=network: network(*images), images[0].device)
             if run:  # the first pass warms up
                 times.append(elapsed)
     return seconds
+
+
+class _OfOneTensor(nn.Module):
+    """A network of several images that takes them as one tensor, because the counter passes one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images_NBCHW: Tensor) -> Tensor:
+        return self.network(*images_NBCHW)
+
+
+def _count_flops(network: nn.Module, images: Sequence[Tensor]) -> int:
+    """FLOPs of one tuple."""
+    counts, _ = count_operations(_OfOneTensor(network), torch.stack([image[:1] for image in images]))
+    return sum(counts.values())
 
 
 def _key(name: str, num_images: int, design: str) -> str:

@@ -8,7 +8,7 @@ logits = head(h_1, ..., h_N) with h_i = encoder(x_i), and for invariance under q
 | efficient | head of the means of h_i over the turns of x_i | 4 N |
 | full product | mean of the plain network's logits over all 4^N combinations of turns | 4^N N, or 4 N if shared |
 
-Legend: B batch, N images, G turns, C channels, K classes.
+Legend: B batch, N images, G turns, P combinations of turns, C channels, K classes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from flopeq import MultiView
 from flopeq.square import symmetry_group
 
 Design = Literal["plain", "efficient", "full product"]
@@ -33,6 +34,7 @@ class Head(nn.Module):
 
     def __init__(self, num_images: int, num_features: int, num_classes: int, hidden: int = 64) -> None:
         super().__init__()
+        self.num_images = num_images
         self.norm = nn.LayerNorm(num_features)
         self.fc1 = nn.Linear(num_images * num_features, hidden)
         self.act = nn.GELU()
@@ -42,43 +44,38 @@ class Head(nn.Module):
         return self.fc2(self.act(self.fc1(self.norm(features_NC).flatten(-2))))
 
 
+def build_network(encoder: nn.Module, head: Head, design: Design) -> MultiView:
+    """Builds the complete network of a design, which takes N tensors of images."""
+    return MultiView(
+        [encoder] * head.num_images,
+        "trivial" if design == "plain" else "c4",
+        fuse=lambda features: head(torch.stack(features, dim=1)),
+        full=design == "full product",
+    )
+
+
 def fuse(head: Head, features_BNGC: Tensor, design: Design) -> Tensor:
-    """Logits of a design from the features of all turns of each image, the image as it is first. Returns (B, K)."""
+    """The logits of a design, from the features of every turn of each image, the image as it is first: (B, K).
+
+    The full product needs each turn of each image only once here, because its encoder treats images one by one.
+    """
     if design == "plain":
         return head(features_BNGC[:, :, 0])
     if design == "efficient":
         return head(features_BNGC.mean(2))
-    num_images = features_BNGC.shape[1]
-    turns_PN = torch.tensor(list(product(range(len(GROUP)), repeat=num_images)))
-    return head(features_BNGC[:, torch.arange(num_images), turns_PN]).mean(1)
+    turns_PN = torch.tensor(list(product(range(len(GROUP)), repeat=head.num_images)))
+    return head(features_BNGC[:, torch.arange(head.num_images), turns_PN]).mean(1)
 
 
-class ViewsNetwork(nn.Module):
-    """A complete network. Shape: (B, N, 3, H, W) -> (B, K).
+class SharedFullProduct(nn.Module):
+    """The full product with shared encoder passes. Shape: N tensors (B, 3, H, W) -> (B, K)."""
 
-    Args:
-        share_passes: whether the full product computes each turn of each image once. Otherwise it runs the plain
-            network on every combination, as for a network whose parts are not known.
-    """
-
-    def __init__(self, encoder: nn.Module, head: Head, design: Design, *, share_passes: bool = True) -> None:
+    def __init__(self, encoder: nn.Module, head: Head) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.design: Design = design
-        self.share_passes = share_passes
 
-    def forward(self, images_BNCHW: Tensor) -> Tensor:
-        if self.design == "plain":
-            return self.head(self._encode(images_BNCHW))
-        turned_BNGCHW = torch.stack([g(images_BNCHW) for g in GROUP], dim=2)
-        if self.design == "efficient" or self.share_passes:
-            return fuse(self.head, self._encode(turned_BNGCHW), self.design)
-        num_images = images_BNCHW.shape[1]
-        turns_PN = torch.tensor(list(product(range(len(GROUP)), repeat=num_images)))
-        return self.head(self._encode(turned_BNGCHW[:, torch.arange(num_images), turns_PN])).mean(1)
-
-    def _encode(self, images_CHW: Tensor) -> Tensor:
-        """Features of images with any leading axes: (..., C)."""
-        leading = images_CHW.shape[:-3]
-        return self.encoder(images_CHW.flatten(0, len(leading) - 1)).unflatten(0, leading)
+    def forward(self, *images_BCHW: Tensor) -> Tensor:
+        turned = torch.cat([g(image) for image in images_BCHW for g in GROUP])
+        features_BNGC = self.encoder(turned).unflatten(0, (len(images_BCHW), len(GROUP), -1)).permute(2, 0, 1, 3)
+        return fuse(self.head, features_BNGC, "full product")
