@@ -7,7 +7,7 @@ from stages import load_experiment, run_stage
 
 def run(run_name: str) -> None:
     experiment = load_experiment()
-    experiment.run(run_name)
+    experiment.check_is_trained(run_name)
     from pipeline import cluster
     from pipeline.shards import verify
 
