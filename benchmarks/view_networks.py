@@ -44,12 +44,23 @@ class Head(nn.Module):
         return self.fc2(self.act(self.fc1(self.norm(features_NC).flatten(-2))))
 
 
+class _OnList(nn.Module):
+    """The head, which takes the features as a list of N tensors (B, C)."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.head(torch.stack(features, dim=1))
+
+
 def build_network(encoder: nn.Module, head: Head, design: Design) -> MultiView:
     """Builds the complete network of a design, which takes N tensors of images."""
     return MultiView(
         [encoder] * head.num_images,
         "trivial" if design == "plain" else "c4",
-        fuse=lambda features: head(torch.stack(features, dim=1)),
+        fuse=_OnList(head),
         full=design == "full product",
     )
 
