@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model of the study. `variant` is X (baseline), E (equivariant) or H (hybrid)."""
+    """A model of the study. `variant` is X (baseline), E (equivariant), H (hybrid) or S (symmetrized)."""
 
     model: str
     paper_name: str
@@ -39,6 +39,12 @@ MODELS: dict[str, ModelInfo] = {
 }
 
 
-def describe(model: str) -> ModelInfo | None:
-    """The model of the study with this name, or None for a model outside the study."""
-    return MODELS.get(model)
+def describe(model: str, *, symmetrized: bool = False) -> ModelInfo | None:
+    """The model of the study with this name, or None for a model outside the study.
+
+    If `symmetrized`, it is S(X): the model, averaged over a group of symmetries (`flopeq.symmetrize`).
+    """
+    info = MODELS.get(model)
+    if info is None or not symmetrized:
+        return info
+    return replace(info, paper_name=f"S({info.paper_name})", variant="S")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -24,9 +23,12 @@ class Symmetry:
 
         Shape: (..., H, W) -> the same, or (..., W, H) if the symmetry swaps rows and columns.
         """
-        if self.mirrored:
-            x = x.flip(dims[1])
-        return torch.rot90(x, self.turns, dims) if self.turns else x
+        rows, columns = dims
+        if self.swaps_axes:
+            x = x.transpose(rows, columns)
+        flipped = [rows] * (self.turns in ((2, 3) if self.mirrored else (1, 2)))
+        flipped += [columns] * (self.turns in ((0, 3) if self.mirrored else (2, 3)))
+        return x.flip(flipped) if flipped else x
 
     def __matmul__(self, first: Symmetry) -> Symmetry:
         """The composition: (g @ h)(x) = g(h(x))."""

@@ -317,9 +317,11 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _run_tags(experiment: Experiment, run_name: str) -> dict[str, str]:
-    info = describe(experiment.run(run_name).model)
+    info = describe(experiment.run(run_name).model, symmetrized=run_name in experiment.symmetrized)
     known = {key: getattr(info, key) for key in ("paper_name", "family", "size", "variant")} if info else {}
     name, recipe = info.paper_name if info else experiment.run(run_name).model, experiment.run(run_name).recipe
+    if info is None and run_name in experiment.symmetrized:
+        known, name = {"variant": "S"}, f"S({name})"
     seed = str(experiment.seed_of(run_name))
     note = f"{name} on {experiment.data.name}, recipe {recipe}, seed {seed}. The report adds its model card."
     return {**known, "recipe": recipe, "seed": seed, _DESCRIPTION_TAG: note}

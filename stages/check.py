@@ -15,6 +15,7 @@ def run() -> None:
 
     from flopeq.models.build import ModelError
     from pipeline.evaluation import validation_sets
+    from pipeline.evaluation.networks import build_network
     from pipeline.sweeps import search_space
     from pipeline.training import device_settings, recipe
 
@@ -26,6 +27,11 @@ def run() -> None:
             device_settings.apply_model_settings(model, experiment.train)
         except ModelError as error:
             raise ConfigError(f"params.yaml: models.{name}: {error}") from None
+    for name in experiment.symmetrized:
+        try:
+            build_network(experiment, name, num_classes=10, device="meta")
+        except ModelError as error:
+            raise ConfigError(f"params.yaml: symmetrized.{name}.group: {error}") from None
     for name in sorted({run.recipe for run in known_runs.values()}):
         try:
             recipe.check_recipe(experiment.recipes[name], experiment.data, experiment.train)

@@ -13,18 +13,17 @@ OUT = Path("reports/complexity.json")
 
 def run() -> None:
     from flopeq.measure.flops import complexity
-    from flopeq.models.build import build
     from pipeline import track
+    from pipeline.evaluation.networks import build_network
     from pipeline.shards.manifests import Shards
 
     experiment = load_experiment(uses_ray=False)
     size = (3, experiment.data.image_size, experiment.data.image_size)
     num_classes = Shards(experiment.data.shards).num_classes
     rows = []
-    for name, described in experiment.models.items():
-        model = build(described.model, device="meta", num_classes=num_classes, **described.args)
-        counted = complexity(model, size)
-        rows.append({"run": name, "model": described.model, **asdict(counted)})
+    for name in experiment.run_names:
+        counted = complexity(build_network(experiment, name, num_classes=num_classes, device="meta"), size)
+        rows.append({"run": name, "model": experiment.run(name).model, **asdict(counted)})
         if run_id := track.find_run_id(name):  # runs that are not trained yet are counted too
             track.log_results(
                 run_id, {"complexity/params_m": counted.params / 1e6, "complexity/gflops": counted.flops / 1e9}

@@ -9,7 +9,7 @@ from stages import load_experiment, run_stage
 
 def run(run_name: str) -> None:
     experiment = load_experiment(uses_ray=False)
-    experiment.run(run_name)
+    experiment.check_is_trained(run_name)
     from pipeline.evaluation import evaluate
     from pipeline.shards import verify
 

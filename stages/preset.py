@@ -63,7 +63,7 @@ def _is_preset(params: Any, presets: Iterable[Path]) -> bool:
 
 
 def _without_added_seeds(params: Any, preset: Any) -> Any:
-    return seeds.without_seed_runs(params, keep=preset["models"])
+    return seeds.without_seed_runs(params, keep=preset)
 
 
 def _back_up() -> None:

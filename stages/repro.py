@@ -61,12 +61,13 @@ def _run(args: argparse.Namespace) -> None:
     experiment = config.load_experiment()
     for name in runs:
         experiment.run(name)
-    targets = [f"evaluate@{name}" for name in runs]
+    targets = [f"{'symmetrize' if name in experiment.symmetrized else 'evaluate'}@{name}" for name in runs]
     status = 0
     if subprocess.run([*_DVC, "status", "--quiet", "--with-deps", *targets]).returncode:
         check.run()
         check_git()
-        status = _run_pipeline(experiment, runs or list(experiment.models), targets)
+        trained = dict.fromkeys(experiment.trained_name(name) for name in runs or experiment.models)
+        status = _run_pipeline(experiment, list(trained), targets)
     if runs:  # alone, because its dependency `outputs` would have DVC train all other runs
         _run_dvc("repro", "--single-item", "complexity")
     report.print_report(runs)

@@ -26,8 +26,8 @@ def run() -> None:
 
     from flopeq.backends.malloc import keep_freed_memory
     from flopeq.measure.throughput import throughput
-    from flopeq.models.build import build
     from pipeline import track
+    from pipeline.evaluation.networks import build_network
     from pipeline.shards.manifests import Shards
 
     experiment = load_experiment(uses_ray=False)
@@ -36,7 +36,7 @@ def run() -> None:
     on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
     if not on_gpu:
         keep_freed_memory()
-    models = {name: build(run.model, num_classes=num_classes, **run.args) for name, run in experiment.models.items()}
+    models = {name: build_network(experiment, name, num_classes=num_classes) for name in experiment.run_names}
     results = throughput(
         models,
         image_size=(3, side, side),
@@ -50,7 +50,7 @@ def run() -> None:
     )
     rows = []
     for name, result in results.items():
-        row = {"run": name, "model": experiment.models[name].model}
+        row = {"run": name, "model": experiment.run(name).model}
         rows.append(row | {key: getattr(result, key) for key in _COLUMNS} | {"pass_s": result.seconds})
         logging.info("%s: %.0f images/s on %s", name, result.img_per_s, result.device)
         if run_id := track.find_run_id(name):  # runs that are not trained yet are measured too

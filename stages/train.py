@@ -15,7 +15,7 @@ def run(*words: str) -> None:
     args = _parser().parse_args(words)
     run_name = args.run
     experiment = load_experiment()
-    experiment.run(run_name)
+    experiment.check_is_trained(run_name)
     from pipeline import cluster
     from pipeline.shards import verify
     from pipeline.training import failures, outputs

@@ -21,7 +21,7 @@ def run(*run_names: str) -> None:
     """Exits with the status of a failed run, if any."""
     experiment = load_experiment()
     for name in run_names:
-        experiment.run(name)
+        experiment.check_is_trained(name)
     settings = experiment.train
     with cluster.local_cluster(settings.least_workers * settings.cpus_per_worker):
         statuses = train_runs(run_names, experiment)

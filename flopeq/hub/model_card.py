@@ -14,7 +14,7 @@ import torch
 from flopeq.measure.comparison import flopeq_version
 from flopeq.measure.paper import strip_size, table1
 from flopeq.models.variants import baseline_name
-from flopeq.registry import describe
+from flopeq.registry import ModelInfo, describe
 
 Formatter = Callable[[float], str]
 
@@ -90,8 +90,9 @@ def render_card(
         run_folder: folder of a run that is not exported yet, for which the card shows the `flopeq export` command;
             None if the card is part of an exported folder.
     """
-    info = describe(name)
-    title = info.paper_name if info else name
+    symmetrize = run.config.get("symmetrize") if run else None
+    info = describe(name, symmetrized=symmetrize is not None)
+    title = info.paper_name if info else f"S({name})" if symmetrize else name
     if info and not _has_paper_size(args):  # E(ViT), not E(ViT-S)
         title = strip_size(title)
     if run:
@@ -99,15 +100,15 @@ def render_card(
     parts = [
         _front_matter(license, run),
         f"# {title}",
-        _description(name, args),
+        _description(name, args, symmetrize),
         *([f"**It did not converge: {run.failure}.**"] if run and run.failure else []),
         "## Figures",
-        _metrics_table(name, args, size, metrics, weights, conditions),
+        _metrics_table(name, args, size, metrics, weights, conditions, run),
         *(_training_section(run) if run else ()),
         "## Use",
-        _usage_section(run_folder),
+        _usage_section(run_folder, symmetrize),
         "## Intended use",
-        _intended_use_section(name, run),
+        _intended_use_section(name, run, symmetrize),
         "## Source and licence",
         _license_section(license),
         f"```bibtex\n{BIBTEX}\n```",
@@ -124,12 +125,26 @@ def _front_matter(license: str, run: TrainedRun | None) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _description(name: str, args: Mapping[str, Any]) -> str:
+def _description(name: str, args: Mapping[str, Any], symmetrize: Mapping[str, str] | None) -> str:
     info = describe(name)
-    if info is None:
+    if symmetrize:
+        source, group, how = (symmetrize[key] for key in ("weights_of", "group", "how"))
+        text = (
+            f"The network of the run `{source}` with its weights, made invariant under the group `{group}` by "
+            f"`flopeq.symmetrize` (how: {how}), without training. The logits of an image and of its transformed images "
+            "are the same."
+        )
+    elif info is None:
         return f"`{name}` of timm."
+    else:
+        text = _variant_description(info)
+    given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+    return f"{text}\n\nModel `{name}`{f' with {given}' if given else ''}, registered in timm by the package flopeq."
+
+
+def _variant_description(info: ModelInfo) -> str:
     kind = FAMILIES[info.family]
-    text = {
+    return {
         "X": f"An ordinary {kind}, the baseline of the networks that are equivariant to horizontal mirroring.",
         "E": f"A {kind} that is equivariant to horizontal mirroring (a *flop*): its features are an even half, which a "
         "flop leaves alone, and an odd half, which it negates. Linear layers are block diagonal and cost half, and the "
@@ -137,8 +152,6 @@ def _description(name: str, args: Mapping[str, Any]) -> str:
         "H": f"A hybrid {kind}: its first blocks are equivariant to horizontal mirroring, at half the cost of their "
         "linear layers, and the others are ordinary. Its logits are not invariant.",
     }[info.variant]
-    given = ", ".join(f"{key}={value!r}" for key, value in args.items())
-    return f"{text}\n\nModel `{name}`{f' with {given}' if given else ''}, registered in timm by the package flopeq."
 
 
 def _metrics_table(
@@ -148,6 +161,7 @@ def _metrics_table(
     metrics: Mapping[str, float | None],
     weights: str,
     conditions: str,
+    run: TrainedRun | None,
 ) -> str:
     figures: dict[str, tuple[str, Formatter]] = {
         "complexity/params_m": ("parameters", lambda millions: _format_count(1e6 * millions)),
@@ -162,15 +176,19 @@ def _metrics_table(
         "equivariance/float64_error": ("equivariance error of the logits, float64, two random images", _ERROR),
         "difference/to_x_pct": ("top-1 minus that of X, same images", _POINTS),
         "difference/to_x_mcnemar_p": ("McNemar's exact test of that difference, p", format_p),
+        "difference/to_symmetrized_pct": ("top-1 minus that of S(X), same images", _POINTS),
+        "difference/to_symmetrized_mcnemar_p": ("McNemar's exact test of that difference, p", format_p),
         "difference/to_own_recipe_pct": ("top-1 minus that before its recipe was tuned, same images", _POINTS),
         "difference/to_own_recipe_mcnemar_p": ("McNemar's exact test of that difference, p", format_p),
         "seeds/num": ("seeds of this network", "{:.0f}".format),
         "seeds/top1_pct": ("mean top-1 of its seeds", _PERCENT),
         "seeds/to_x_pct": ("that mean minus the mean of X's seeds", _POINTS),
+        "seeds/to_symmetrized_pct": ("that mean minus the mean of S(X)'s seeds", _POINTS),
         "seeds/to_own_recipe_pct": ("that mean minus the mean before tuning", _POINTS),
     }
     rows = [("weights", weights), ("image", " x ".join(map(str, size))), *_format_available(metrics, figures)]
-    paper = next((row for row in table1() if row.model == name), None)
+    is_symmetrized = run is not None and "symmetrize" in run.config
+    paper = next((row for row in table1() if row.model == name and not is_symmetrized), None)
     if paper and _has_paper_size(args) and size[1:] == (224, 224):
         top1 = "diverged" if paper.top1 is None else f"{paper.top1} %"
         rows.append(("the paper's network of this name, ImageNet-1K top-1 (its weights, not these)", top1))
@@ -207,9 +225,16 @@ def _training_section(run: TrainedRun) -> list[str]:
     ]
 
 
-def _usage_section(run_folder: Path | None) -> str:
+def _usage_section(run_folder: Path | None, symmetrize: Mapping[str, str] | None) -> str:
     folder = f"exported/{run_folder.name}" if run_folder else "<this folder>"
-    export = f"```console\n$ flopeq export --run {run_folder} {folder}\n```\n\n" if run_folder else ""
+    export = ""
+    if run_folder:
+        command = f"flopeq export --run {run_folder} {folder}"
+        if symmetrize:
+            trained = run_folder.parent / symmetrize["weights_of"]
+            options = f"--group {symmetrize['group']!r} --how {symmetrize['how']}"
+            command = f"flopeq symmetrize --run {trained} {options} {folder}"
+        export = f"```console\n$ {command}\n```\n\n"
     return (
         f"{export}```python\nimport flopeq, timm  # importing flopeq registers the model in timm\n\n"
         f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
@@ -217,7 +242,7 @@ def _usage_section(run_folder: Path | None) -> str:
     )
 
 
-def _intended_use_section(name: str, run: TrainedRun | None) -> str:
+def _intended_use_section(name: str, run: TrainedRun | None, symmetrize: Mapping[str, str] | None) -> str:
     classes = f"the classes of {run.config['data']['name']}" if run else "the classes it is trained on"
     validated = " It was validated only on the images named here." if run else ""
     info = describe(name)
@@ -227,6 +252,11 @@ def _intended_use_section(name: str, run: TrainedRun | None) -> str:
         if info and info.variant == "E"
         else ""
     )
+    if symmetrize:
+        mirrored = (
+            f" It cannot tell an image from what the group `{symmetrize['group']}` makes of it: do not use it where "
+            "that matters (text, signs, left and right organs)."
+        )
     return (
         f"Meant for research on image classification: to classify images into {classes}, to be compared with networks "
         "that treat mirroring differently, to be fine-tuned, or as a backbone (`forward_features`, "

@@ -17,6 +17,7 @@ from pipeline.base.schema import (
     Run,
     Section,
     Sweeps,
+    SymmetrizedRun,
     Throughput,
     Tracking,
     Train,
@@ -31,6 +32,8 @@ class Experiment(Section):
     data: Data
     models: dict[NameStr, Run]
     """Runs by name: the model to train and its recipe."""
+    symmetrized: dict[NameStr, SymmetrizedRun]
+    """Symmetrized runs by name: trained runs of `models`, made invariant to a group of symmetries without training."""
     recipes: dict[NameStr, Recipe]
     """Training recipes by name."""
     train: Train
@@ -40,14 +43,34 @@ class Experiment(Section):
     storage: str
     """Folder or pyarrow URL for checkpoints, which are written to `<storage>/<run>/checkpoints`."""
 
+    @property
+    def run_names(self) -> list[str]:
+        """The names of all runs, the symmetrized ones last."""
+        return [*self.models, *self.symmetrized]
+
     def run(self, name: str) -> Run:
-        """Returns the run of that name.
+        """Returns the run of that name; for a symmetrized run, the run whose weights it uses.
 
         Raises: ConfigError, with the closest known name, if there is no such run.
         """
-        if name not in self.models:
-            raise ConfigError(f"no run named {name!r} in params.yaml{did_you_mean(name, self.models)}")
-        return self.models[name]
+        return self.models[self.trained_name(name)]
+
+    def trained_name(self, name: str) -> str:
+        """Returns the name of the run that is trained for this one: its own, or `weights_of` of a symmetrized run.
+
+        Raises: ConfigError, with the closest known name, if there is no such run.
+        """
+        if name not in self.run_names:
+            raise ConfigError(f"no run named {name!r} in params.yaml{did_you_mean(name, self.run_names)}")
+        return self.symmetrized[name].weights_of if name in self.symmetrized else name
+
+    def check_is_trained(self, name: str) -> None:
+        """Raises: ConfigError if there is no such run, or if it is a symmetrized run, which has no training."""
+        if (trained := self.trained_name(name)) != name:
+            raise ConfigError(
+                f"{name} is not trained: it has the weights of {trained}, symmetrized. To evaluate it, run "
+                f"`dvc repro symmetrize@{name}`"
+            )
 
     def recipe(self, name: str) -> Recipe:
         """Returns the recipe of a run.
@@ -68,10 +91,11 @@ class Experiment(Section):
         return self.seed if seed is None else seed
 
     def resolved(self, name: str) -> dict[str, Any]:
-        """Returns everything that defines the training of a run, as plain JSON values."""
-        run = self.run(name)
+        """Returns everything that defines a run, as plain JSON values."""
+        run, symmetrized = self.run(name), self.symmetrized.get(name)
         return {
             "run": name,
+            **({} if symmetrized is None else {"symmetrize": symmetrized.model_dump(mode="json")}),
             "model": run.model,
             "args": dict(run.args),
             "seed": self.seed_of(name),
@@ -155,6 +179,7 @@ def _find_inconsistencies(experiment: Experiment) -> list[str]:
     for name, run in experiment.models.items():
         if run.recipe not in known:
             problems.append(f"models.{name}.recipe: no recipe named {run.recipe!r}{did_you_mean(run.recipe, known)}")
+    problems += _find_symmetrized_problems(experiment)
     for name, tuned in sweeps.tuned.items():
         if name in experiment.recipes:
             problems.append(f"sweeps.tuned.{name}: `recipes` already has this name; choose another")
@@ -174,6 +199,25 @@ def _find_inconsistencies(experiment: Experiment) -> list[str]:
             problems.append(f"sweeps.recipe.own_space.{name}: not one of sweeps.recipe.runs")
     if (sweeps.recipe.trials is None) != (sweeps.recipe.searcher == "grid"):
         problems.append("sweeps.recipe.trials: must be a number for optuna and random, and null for grid")
+    return problems
+
+
+def _find_symmetrized_problems(experiment: Experiment) -> list[str]:
+    """Returns one line per symmetrized run that has the name of another run, or no trained run for its weights."""
+    problems = []
+    for name, symmetrized in experiment.symmetrized.items():
+        source = symmetrized.weights_of
+        if name in experiment.models:
+            problems.append(f"symmetrized.{name}: `models` already has this name; choose another")
+        if source in experiment.symmetrized:
+            problems.append(
+                f"symmetrized.{name}.weights_of: {source} is symmetrized itself and has no weights of its own; "
+                f"name one of `models`"
+            )
+        elif source not in experiment.models:
+            problems.append(
+                f"symmetrized.{name}.weights_of: no run named {source!r}{did_you_mean(source, experiment.models)}"
+            )
     return problems
 
 

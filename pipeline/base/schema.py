@@ -71,6 +71,19 @@ class Run(Section):
     """Random seed of this run. None uses the seed of the experiment."""
 
 
+class SymmetrizedRun(Section):
+    """A trained run whose network is averaged over a group of symmetries. It is evaluated and measured, not trained."""
+
+    weights_of: str
+    """Name of the run whose network and weights to use, which is a key of `models`. The seed is that run's."""
+    group: str
+    """Group of symmetries: `flop`, `flip`, `turn` (by 180 degrees), `transpose`, `c4`, `d4`, or names joined by `*`,
+    such as `flop*flip`."""
+    how: Literal["average", "choose", "canonical"] = "average"
+    """How to make the logits invariant: `average` takes their mean over the group, `choose` takes those with the
+    largest probability, `canonical` turns every image into one fixed position and computes one pass."""
+
+
 class Recipe(Section):
     epochs: PositiveInt
     """Number of passes over the training images."""

@@ -6,13 +6,12 @@ Legend: N images, K classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flopeq.testing import relative_error
@@ -22,9 +21,10 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.files import write_json
 from pipeline.base.schema import Recipe
 from pipeline.evaluation import predictions, statistics, validation_sets, weights
+from pipeline.evaluation.networks import load_trained_network
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
-from pipeline.training import loop, recipe
+from pipeline.training import loop
 
 BATCH_SIZE = 256
 
@@ -45,25 +45,44 @@ def evaluate_run(experiment: Experiment, run_name: str, outputs: Path = Path("ou
 
     Raises: ConfigError if the run was not trained; ShardError and SourceError for unreadable images.
     """
-    folder = outputs / run_name
-    if not (folder / "run.json").is_file():
-        raise ConfigError(f"{folder}/run.json not found: run `dvc repro train@{run_name}` first")
-    status = json.loads((folder / "run.json").read_text())["status"]
-    run, recipe_, shards = experiment.run(run_name), experiment.recipe(run_name), _open_shards(experiment)
+    experiment.check_is_trained(run_name)
+    metrics = evaluate_trained_weights(experiment, run_name, outputs / run_name, outputs)
+    # Training logs the others at every epoch; the bounds belong to the kept weights, as best/top1_pct of the report.
+    not_logged = {*track.EPOCH_METRICS, *track.EMA_METRICS, "val/loss", *TOP1_BOUNDS}
+    new_metrics = {name: value for name, value in metrics.items() if name not in {*not_logged, "converged"}}
+    track.log_results(track.find_run_id(run_name, outputs), new_metrics, [outputs / run_name / "metrics.json"])
+    return metrics
 
-    def load_model(file: str) -> nn.Module:
-        if not (folder / file).is_file():
-            raise ConfigError(f"{folder / file} not found: run `dvc repro --force train@{run_name}`")
-        model = recipe.build_model(run, recipe_, num_classes=len(shards.classes), seed=0)
-        model.load_state_dict(load_file(folder / file))
-        return model
 
-    ema = None if recipe_.ema_decay is None else load_model("weights_ema.safetensors")
-    measured, predicted, images = evaluate_model(experiment, recipe_, shards, load_model("weights.safetensors"), ema)
+def evaluate_trained_weights(
+    experiment: Experiment,
+    run_name: str,
+    folder: Path,
+    outputs: Path = Path("outputs"),
+    transform: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Metrics:
+    """Evaluates the weights of a trained run, and writes metrics.json and predictions.parquet into `folder`.
+
+    Args:
+        transform: makes the network to evaluate from the trained one.
+    Raises: ConfigError if the run was not trained; ShardError and SourceError for unreadable images.
+    """
+    info = outputs / run_name / "run.json"
+    if not info.is_file():
+        raise ConfigError(f"{info} not found: run `dvc repro train@{run_name}` first")
+    recipe_, shards = experiment.recipe(run_name), _open_shards(experiment)
+
+    def load(file: str) -> nn.Module:
+        num_classes = len(shards.classes)
+        return transform(load_trained_network(experiment, run_name, file, num_classes=num_classes, outputs=outputs))
+
+    ema = None if recipe_.ema_decay is None else load("weights_ema.safetensors")
+    measured, predicted, images = evaluate_model(experiment, recipe_, shards, load("weights.safetensors"), ema)
     best = max(measured["val/top1_pct"], measured.get("val/ema_top1_pct", 0.0))
+    has_finished = json.loads(info.read_text())["status"] == "finished"
     metrics: Metrics = {
         **measured,
-        "converged": status == "finished" and best > MIN_TIMES_CHANCE * 100 / len(shards.classes),
+        "converged": has_finished and best > MIN_TIMES_CHANCE * 100 / len(shards.classes),
     }
     predictions.write_predictions(
         folder,
@@ -73,10 +92,6 @@ def evaluate_run(experiment: Experiment, run_name: str, outputs: Path = Path("ou
         predicted.losses.tolist(),
     )
     write_json(folder / "metrics.json", metrics)
-    # Training logs the others at every epoch; the bounds belong to the kept weights, as best/top1_pct of the report.
-    not_logged = {*track.EPOCH_METRICS, *track.EMA_METRICS, "val/loss", *TOP1_BOUNDS}
-    new_metrics = {name: value for name, value in measured.items() if name not in not_logged}
-    track.log_results(track.find_run_id(run_name, outputs), new_metrics, [folder / "metrics.json"])
     return metrics
 
 

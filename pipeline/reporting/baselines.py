@@ -1,4 +1,4 @@
-"""Which run is compared with which: seeds of one network, E and H with X, and a tuned recipe with its base."""
+"""Which run is compared with which: seeds of a network; E, H, S with X; E, H with S; a tuned recipe with its base."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from flopeq.registry import describe
 from pipeline.base.config import Experiment
+from pipeline.base.schema import SymmetrizedRun
 
 NON_SHAPE_ARGS = ("num_flop_blocks", "head", "init_values", "ls_init_value")
 """Arguments in which X and its E may differ."""
@@ -14,6 +15,8 @@ NON_SHAPE_ARGS = ("num_flop_blocks", "head", "init_values", "ls_init_value")
 
 def seed_group(experiment: Experiment, name: str) -> str:
     """Returns the first run that differs from this one only in its seed, or the run itself."""
+    if name in experiment.symmetrized:
+        return _symmetrized_seed_group(experiment, name)
     run = experiment.run(name)
     return next(
         other
@@ -23,7 +26,12 @@ def seed_group(experiment: Experiment, name: str) -> str:
 
 
 def baseline_of(experiment: Experiment, name: str) -> str | None:
-    """Returns the X that an E or H is compared with: same size and arguments, then nearest in recipe and seed."""
+    """Returns the X that an E or H is compared with: same size and arguments, then nearest in recipe and seed.
+
+    A symmetrized run is compared with the run whose weights it uses.
+    """
+    if name in experiment.symmetrized:
+        return experiment.symmetrized[name].weights_of
     run = experiment.run(name)
     info = describe(run.model)
     if info is None or info.variant == "X":
@@ -41,10 +49,18 @@ def baseline_of(experiment: Experiment, name: str) -> str | None:
     return max(candidates, key=lambda fit: fit[0])[1] if candidates else None
 
 
+def symmetrized_baseline_of(experiment: Experiment, name: str) -> str | None:
+    """Returns the first symmetrized run of the X that an E or H is compared with."""
+    if name in experiment.symmetrized:
+        return None
+    baseline = baseline_of(experiment, name)
+    return next((other for other, run in experiment.symmetrized.items() if run.weights_of == baseline), None)
+
+
 def own_recipe_run_of(experiment: Experiment, name: str) -> str | None:
     """Returns the run of the same network with the recipe that the run's recipe was tuned from; same seed preferred."""
     run = experiment.run(name)
-    if run.recipe not in experiment.sweeps.tuned:
+    if run.recipe not in experiment.sweeps.tuned or name in experiment.symmetrized:
         return None
     base = experiment.sweeps.tuned[run.recipe].base
     candidates = [
@@ -54,6 +70,14 @@ def own_recipe_run_of(experiment: Experiment, name: str) -> str | None:
     ]
     same_seed = [other for other in candidates if experiment.seed_of(other) == experiment.seed_of(name)]
     return next(iter(same_seed or candidates), None)
+
+
+def _symmetrized_seed_group(experiment: Experiment, name: str) -> str:
+    def key(run: SymmetrizedRun) -> SymmetrizedRun:
+        return run.model_copy(update={"weights_of": seed_group(experiment, run.weights_of)})
+
+    runs = experiment.symmetrized
+    return next(other for other, other_run in runs.items() if key(other_run) == key(runs[name]))
 
 
 def _same_base_recipe(experiment: Experiment, recipe: str, other: str) -> bool:

@@ -16,11 +16,11 @@ COLORS = {"vit": "#0072B2", "resmlp": "#D55E00", "convnext_iso": "#009E73", None
 
 FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)", None: "other"}
 
-MARKERS = {"X": "o", "E": "^", "H": "s", None: "D"}
+MARKERS = {"X": "o", "E": "^", "H": "s", "S": "P", None: "D"}
 
-DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), None: "-."}
+DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), "S": "-.", None: "-."}
 
-VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", None: "other"}
+VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", "S": "S(X), symmetrized", None: "other"}
 
 
 def add_legend(figure: Figure, results: Sequence[RunResult]) -> None:

@@ -59,7 +59,7 @@ def draw_figures(
                 "Below 0 they are slower than X. Bars: quartiles of the ratios of neighbouring passes.",
                 draw_panels(
                     Scatter(
-                        make_marks(results, mean_of(baseline_flops), quartiles_over(_gains_pct)),
+                        make_marks(_trained(results), mean_of(baseline_flops), quartiles_over(_gains_pct)),
                         xlabel=f"{flop_unit} per image, of X",
                         ylabel="throughput gain over X (%)",
                         hline=0,
@@ -94,6 +94,11 @@ def draw_figures(
                 ],
             ),
         ]
+
+
+def _trained(results: Sequence[RunResult]) -> list[RunResult]:
+    """Returns the results without those of symmetrized runs, which save nothing."""
+    return [result for result in results if result.variant != "S"]
 
 
 def _gains_pct(result: RunResult) -> list[float]:

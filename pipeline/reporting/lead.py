@@ -1,4 +1,4 @@
-"""The paragraph at the top of the report: what E(X) costs and reaches against X, and what the figures cannot show."""
+"""The paragraph at the top of the report: what E(X) costs and reaches against X and S(X), and what it cannot show."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def lead_sentences(results: Sequence[RunResult], measurements: Sequence[Measurem
     pairs = {_pair_name(members, equivariant, results): members for members in equivariant}
     if not pairs:
         return []
-    sentences = [*_compare_flops(pairs), *_compare_top1(pairs), *_compare_speed(pairs)]
+    sentences = [
+        *_compare_flops(pairs),
+        *_compare_top1(pairs),
+        *_compare_speed(pairs),
+        *_compare_symmetrized(pairs, results),
+    ]
     if all(result.flops is not None and result.flops < _SMALL_FLOPS for result in results):
         below = ", which is measured below" * bool(measurements)
         sentences.append(f"Networks of this size say nothing about the speed of the paper's networks{below}.")
@@ -62,6 +67,28 @@ def _compare_speed(pairs: Pairs) -> list[str]:
         return []
     conditions = next(members[0].throughput_conditions for members in pairs.values() if members[0].throughput_ratios)
     return [f"Images per second of E(X) over those of X, with quartiles: {'; '.join(ratios)} ({conditions})."]
+
+
+def _compare_symmetrized(pairs: Pairs, results: Sequence[RunResult]) -> list[str]:
+    """Returns a sentence on S(X), the weights of X averaged over a group, and one on E(X) against it."""
+    symmetrized = {result.run: result for result in results if result.variant == "S"}
+    rivals = {
+        name: (members, symmetrized[members[0].symmetrized_baseline])
+        for name, members in pairs.items()
+        if members[0].symmetrized_baseline in symmetrized
+    }
+    fractions = [1 / rival.flop_ratio for _, rival in rivals.values() if rival.flop_ratio]
+    if not fractions:
+        return []
+    span = " to ".join(dict.fromkeys(f"{fraction:.2f}" for fraction in (min(fractions), max(fractions))))
+    sentences = [f"S(X), the weights of X averaged over a group without training, takes {span} of the FLOPs of X."]
+    for text, differences in (
+        ("S(X) minus that of X", {n: rival.pooled and rival.pooled.minus_baseline for n, (_, rival) in rivals.items()}),
+        ("E(X) minus that of S(X)", {n: m[0].pooled and m[0].pooled.minus_symmetrized for n, (m, _) in rivals.items()}),
+    ):
+        compared = [f"{name} {_describe_difference(found)}" for name, found in differences.items() if found]
+        sentences += [f"Top-1 of {text}: {'; '.join(compared)}."] if compared else []
+    return sentences
 
 
 def _pair_name(

@@ -24,7 +24,7 @@ _COLUMNS = (
 
 
 def draw_lead_figure(results: Sequence[RunResult], flops: tuple[float, str]) -> RenderedFigure:
-    """Draws both panels, with X joined to its E and, lighter, to its H. Runs with tuned recipes are left out.
+    """Draws both panels, with X joined to its E and, lighter, to its H and S. Runs with tuned recipes are left out.
 
     Args:
         flops: divisor and unit of FLOPs, such as (1e9, "GFLOPs").
@@ -76,7 +76,9 @@ def short_name(result: RunResult, results: Sequence[RunResult]) -> str:
 def _caption(results: Sequence[RunResult]) -> str:
     conditions = sorted({result.throughput_conditions for result in results if result.throughput})
     return (
-        "Further left is cheaper, further up is more accurate. A line joins X to its E(X), a lighter one to its H(X). "
+        "Further left is cheaper, further up is more accurate. A line joins X to its E(X), a lighter one to its H(X)"
+        + " and to S(X), the same weights averaged over a group" * any(result.variant == "S" for result in results)
+        + ". "
         "Vertical bars: 95% intervals of top-1. Horizontal bars: quartiles of the passes' times"
         + f" ({'; '.join(conditions)})" * bool(conditions)
         + "."

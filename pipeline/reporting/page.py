@@ -109,7 +109,9 @@ def render_run_card(result: RunResult, experiment: Experiment, outputs: Path = P
         config["args"],
         (3, side, side),
         result.all_metrics(),
-        weights="those of `weights.safetensors`",
+        weights=f"those of `{experiment.trained_name(result.run)}`'s `weights.safetensors`"
+        if result.run in experiment.symmetrized
+        else "those of `weights.safetensors`",
         conditions=result.throughput_conditions,
         run=TrainedRun(config, result.metrics, result.run_info, result.failure),
         run_folder=outputs / result.run,
@@ -174,10 +176,18 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         f"Throughput: forward passes without gradients, {'; '.join(sorted(settings)) or 'not measured'}; the "
         f"median of {experiment.throughput.runs} passes after {experiment.throughput.warmup} warm-up passes, "
         "alternating between the models. Small figures below are the quartiles of the passes.",
-        "Throughput ratio: E or H over X, the median of the ratios of neighbouring passes, with their quartiles. FLOP "
-        "ratio: X over E or H. Share: the first over the second, the fraction of the saved FLOPs that becomes speed.",
+        "Throughput ratio: E, H or S over X, the median of the ratios of neighbouring passes, with their quartiles. "
+        "FLOP ratio: X over E, H or S. Share: the first over the second, the fraction of the saved FLOPs that becomes "
+        "speed.",
         f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
     ]
+    if symmetrized := experiment.symmetrized.values():
+        kinds = dict.fromkeys(f"group {run.group}, {run.how}" for run in symmetrized)
+        notes.append(
+            "S(X): X's own weights, without training. The network runs once for each symmetry of a group (canonical: "
+            "once in all), so that its logits are the same for an image and its transformed images: "
+            f"{'; '.join(kinds)}."
+        )
     if any(result.top1_interval for result in results):
         notes.append(interval_note())
     if has_metric(results, "val/ema_top1_pct"):

@@ -17,7 +17,7 @@ import numpy as np
 
 from flopeq.hub.model_card import failure_reason
 from flopeq.measure.paper import Table1Row, strip_size, table1
-from flopeq.registry import describe
+from flopeq.registry import ModelInfo, describe
 from pipeline.base.config import Experiment
 from pipeline.base.files import read_json
 from pipeline.evaluation import pairing, predictions, statistics
@@ -25,6 +25,7 @@ from pipeline.evaluation.pairing import Comparison
 from pipeline.evaluation.predictions import ImageHits
 from pipeline.evaluation.statistics import Interval
 from pipeline.reporting import baselines
+from pipeline.reporting.pooled_seeds import PooledSeeds, difference_metrics, pooled_metrics
 from pipeline.reporting.speed import Quartiles, quartiles_of, ratios_of_passes, with_quartiles
 from pipeline.training.failures import FAILURE_FILE
 
@@ -76,7 +77,10 @@ class RunResult:
     throughput: Mapping[str, Any]
     """The run's entry in throughput.json."""
     baseline: str | None
-    """For E and H: the run of X of the same size and arguments; of several, nearest in recipe and seed."""
+    """For E and H: the run of X of the same size and arguments; of several, nearest in recipe and seed. For S: the run
+    whose weights it uses."""
+    symmetrized_baseline: str | None
+    """For E and H: the first symmetrized run of the baseline."""
     own_recipe_run: str | None
     """For a recipe from a sweep: the run of the same network with the recipe that the sweep started from."""
     run_info: Mapping[str, Any]
@@ -89,6 +93,8 @@ class RunResult:
     """The baseline's FLOPs over this run's."""
     minus_baseline: Comparison | None = None
     """Top-1 minus the baseline's, one seed of each."""
+    minus_symmetrized: Comparison | None = None
+    """Top-1 minus that of `symmetrized_baseline`, one seed of each."""
     minus_own_recipe: Comparison | None = None
     """Top-1 minus that of `own_recipe_run`, one seed of each."""
     pooled: PooledSeeds | None = None
@@ -151,8 +157,11 @@ class RunResult:
 
     @property
     def share(self) -> float | None:
-        """Fraction of the saved FLOPs that becomes speed: the throughput ratio over the FLOP ratio."""
-        if self.throughput_ratio is None or self.flop_ratio is None:
+        """Fraction of the saved FLOPs that becomes speed: the throughput ratio over the FLOP ratio.
+
+        None for a symmetrized run, which saves no FLOPs.
+        """
+        if self.throughput_ratio is None or self.flop_ratio is None or self.variant == "S":
             return None
         return self.throughput_ratio / self.flop_ratio
 
@@ -169,26 +178,12 @@ class RunResult:
             **with_quartiles("perf/throughput_ratio", quartiles_of(self.throughput_ratios)),
             "complexity/flop_ratio": self.flop_ratio,
             "perf/share": self.share,
-            **_difference_metrics("difference/to_x", self.minus_baseline),
-            **_difference_metrics("difference/to_own_recipe", self.minus_own_recipe),
-            **_pooled_metrics(self.pooled),
+            **difference_metrics("difference/to_x", self.minus_baseline),
+            **difference_metrics("difference/to_symmetrized", self.minus_symmetrized),
+            **difference_metrics("difference/to_own_recipe", self.minus_own_recipe),
+            **pooled_metrics(self.pooled),
         }
         return {key: value for key, value in numbers.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class PooledSeeds:
-    """What the seeds of a group reach together. Those that did not converge are left out, unless none did."""
-
-    num_seeds: int
-    top1_pct: float
-    """Mean over the seeds."""
-    top1_interval: Interval
-    """95 % interval of the top-1, in percent: over images for one seed (Wilson), over seeds and images for several."""
-    minus_baseline: Comparison | None = None
-    """Their top-1 minus that of all seeds of the baseline."""
-    minus_own_recipe: Comparison | None = None
-    """Their top-1 minus that of all seeds with the recipe that theirs was tuned from."""
 
 
 class SeedSpread(NamedTuple):
@@ -208,13 +203,14 @@ def load_results(
     throughput = {entry["run"]: entry for entry in read_json(reports / "throughput.json", [])}
     results = {
         name: _load_result(experiment, name, outputs / name, complexity.get(name, {}), throughput.get(name, {}))
-        for name in experiment.models
+        for name in experiment.run_names
     }
     pooled = {group: _pool(members, results) for group, members in _members_by_group(results.values()).items()}
     return [
         replace(
             _add_ratios(result, results.get(result.baseline or "")),
             minus_baseline=_compare([result], result.baseline, results, all_seeds=False),
+            minus_symmetrized=_compare([result], result.symmetrized_baseline, results, all_seeds=False),
             minus_own_recipe=_compare([result], result.own_recipe_run, results, all_seeds=False),
             pooled=pooled[result.group],
         )
@@ -233,10 +229,12 @@ def converged_members(members: Sequence[RunResult]) -> Sequence[RunResult]:
 
 
 def compare_runs(results: Sequence[RunResult]) -> list[Comparison]:
-    """Returns every comparison of the study, seeds together: of E and H with X, of tuned recipes with their base."""
+    """Returns every comparison of the study, seeds together.
+
+    They are of E, H and S with X, of E and H with S(X), and of tuned recipes with their base.
+    """
     pooled = [members[0].pooled for members in group_by_seed(results)]
-    both = [side for found in pooled if found for side in (found.minus_baseline, found.minus_own_recipe)]
-    return [comparison for comparison in both if comparison is not None]
+    return [comparison for found in pooled if found for comparison in found.comparisons]
 
 
 def seed_spread(members: Sequence[RunResult], value: Callable[[RunResult], float | None]) -> SeedSpread | None:
@@ -254,7 +252,8 @@ def _load_result(
     experiment: Experiment, name: str, folder: Path, complexity: Mapping[str, Any], throughput: Mapping[str, Any]
 ) -> RunResult:
     run = experiment.run(name)
-    info = describe(run.model)
+    is_symmetrized = name in experiment.symmetrized
+    info = describe(run.model, symmetrized=is_symmetrized)
     is_paper_model = not run.args and experiment.data.image_size == _PAPER_IMAGE_SIZE
     failed = read_json(folder / FAILURE_FILE, {})  # what else is there belongs to an earlier training
     metrics, run_info = ({} if failed else read_json(folder / f"{file}.json", {}) for file in ("metrics", "run"))
@@ -266,10 +265,10 @@ def _load_result(
         model=run.model,
         recipe=run.recipe,
         seed=experiment.seed_of(name),
-        name=run.model if info is None else info.paper_name if is_paper_model else strip_size(info.paper_name),
+        name=_network_name(run.model, info, is_paper_model, is_symmetrized),
         family=info and info.family,
-        variant=info and info.variant,
-        paper=next((row for row in table1() if is_paper_model and row.model == run.model), None),
+        variant="S" if is_symmetrized else info and info.variant,
+        paper=next((row for row in table1() if is_paper_model and row.model == run.model and not is_symmetrized), None),
         failure=(f"its training failed ({failed['message']})" if failed else failure_reason(run_info, metrics))
         or (None if "val/top1_pct" in measured else "it has no validation accuracy"),
         history=() if failed else _load_history(folder / "history.csv"),
@@ -279,10 +278,17 @@ def _load_result(
         macs=complexity.get("macs"),
         throughput=throughput,
         baseline=baselines.baseline_of(experiment, name),
+        symmetrized_baseline=baselines.symmetrized_baseline_of(experiment, name),
         own_recipe_run=baselines.own_recipe_run_of(experiment, name),
         run_info=run_info,
         hits=None if failed else predictions.read_hits(folder),
     )
+
+
+def _network_name(model: str, info: ModelInfo | None, is_paper_model: bool, is_symmetrized: bool) -> str:
+    if info is None:
+        return f"S({model})" if is_symmetrized else model
+    return info.paper_name if is_paper_model else strip_size(info.paper_name)
 
 
 def _add_ratios(result: RunResult, baseline: RunResult | None) -> RunResult:
@@ -318,6 +324,7 @@ def _pool(members: Sequence[RunResult], results: Mapping[str, RunResult]) -> Poo
         interval.scaled(100),
         _compare(members, members[0].baseline, results, all_seeds=True),
         _compare(members, members[0].own_recipe_run, results, all_seeds=True),
+        _compare(members, members[0].symmetrized_baseline, results, all_seeds=True),
     )
 
 
@@ -336,32 +343,6 @@ def _compare(
 
 def _known_hits(members: Sequence[RunResult]) -> list[ImageHits]:
     return [member.hits for member in converged_members(members) if member.hits is not None]
-
-
-def _difference_metrics(name: str, comparison: Comparison | None) -> dict[str, float | None]:
-    if comparison is None:
-        return {}
-    return {
-        f"{name}_pct": comparison.difference_pct,
-        f"{name}_low_pct": comparison.interval.low,
-        f"{name}_high_pct": comparison.interval.high,
-        f"{name}_mcnemar_p": comparison.mcnemar_p,
-    }
-
-
-def _pooled_metrics(pooled: PooledSeeds | None) -> dict[str, float | None]:
-    """Returns what several seeds reach together; nothing where one seed is compared with one."""
-    comparisons = [pooled.minus_baseline, pooled.minus_own_recipe] if pooled else []
-    if pooled is None or (pooled.num_seeds == 1 and all(c is None or c.mcnemar_p is not None for c in comparisons)):
-        return {}
-    return {
-        "seeds/num": pooled.num_seeds,
-        "seeds/top1_pct": pooled.top1_pct,
-        "seeds/top1_low_pct": pooled.top1_interval.low,
-        "seeds/top1_high_pct": pooled.top1_interval.high,
-        **_difference_metrics("seeds/to_x", pooled.minus_baseline),
-        **_difference_metrics("seeds/to_own_recipe", pooled.minus_own_recipe),
-    }
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -11,9 +11,9 @@ from flopeq.hub.model_card import format_p
 from flopeq.measure.paper import Table1Row
 from pipeline.evaluation.pairing import Comparison
 from pipeline.evaluation.statistics import Interval
+from pipeline.reporting.pooled_seeds import PooledSeeds
 from pipeline.reporting.run_results import (
     FURTHER_METRICS,
-    PooledSeeds,
     RunResult,
     group_by_seed,
     pooled_throughput_ratio,
@@ -123,7 +123,9 @@ def build_table(results: Sequence[RunResult]) -> Table:
 
 
 def summarize_runs(results: Sequence[RunResult]) -> list[str]:
-    """Returns a sentence for each E and H with a baseline X, and for each tuned recipe; seeds share one sentence.
+    """Returns a sentence for each E, H and S with a baseline X, for each E and H with an S(X), for each tuned recipe.
+
+    Seeds share one sentence.
 
     Which is better is said by the interval of the difference in top-1, never by its sign.
     """
@@ -139,6 +141,13 @@ def summarize_runs(results: Sequence[RunResult]) -> list[str]:
                 phrases.append(f"{faster} times its throughput")
             phrases += _compare_top1(members, baseline, first.pooled and first.pooled.minus_baseline)
             sentences.append(f"{label}: {', '.join(phrases)}.")
+        if first.symmetrized_baseline in groups:
+            symmetrized = groups[first.symmetrized_baseline]
+            compared = _compare_top1(members, symmetrized, first.pooled and first.pooled.minus_symmetrized)
+            both = [seed_spread(side, lambda r: r.flops) for side in (members, symmetrized)]
+            if both[0] and both[1]:
+                compared.insert(0, f"{both[0].mean / both[1].mean:.2f} of the FLOPs of {symmetrized[0].group}")
+            sentences.append(f"{label}, against the symmetrized X: {', '.join(compared)}.")
         if first.own_recipe_run in groups:
             own = groups[first.own_recipe_run]
             compared = _compare_top1(members, own, first.pooled and first.pooled.minus_own_recipe)
@@ -219,6 +228,7 @@ def _column_groups(results: Sequence[RunResult]) -> dict[str, dict[str, Column]]
                 interval=lambda r: r.top1_interval, pooled=lambda p: Estimate(p.top1_pct, p.top1_interval)
             ),
             **(_difference_columns() if any(r.minus_baseline for r in results) else {}),
+            **(_symmetrized_column() if any(r.minus_symmetrized for r in results) else {}),
         },
         "validation": {
             "top-5 %": percent("val/top5_pct"),
@@ -277,6 +287,20 @@ def _difference_columns() -> dict[str, Column]:
             minus_x,
         ),
         "McNemar's p": Column(lambda r: r.minus_baseline and r.minus_baseline.mcnemar_p, format_p, pooled=p_value),
+    }
+
+
+def _symmetrized_column() -> dict[str, Column]:
+    def minus_symmetrized(p: PooledSeeds) -> Estimate | None:
+        return p.minus_symmetrized and Estimate(p.minus_symmetrized.difference_pct, p.minus_symmetrized.interval)
+
+    return {
+        "top-1 minus S(X)'s": Column(
+            lambda r: r.minus_symmetrized and r.minus_symmetrized.difference_pct,
+            signed,
+            lambda r: r.minus_symmetrized and r.minus_symmetrized.interval,
+            minus_symmetrized,
+        )
     }
 
 

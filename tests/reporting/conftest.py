@@ -24,13 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_EPOCHS = 12
 
 
-FLOPS = {"X": 2.2e6, "H": 1.7e6, "E": 1.2e6}
+FLOPS = {"X": 2.2e6, "H": 1.7e6, "E": 1.2e6, "S": 4.4e6}
 
 
-SPEED = {"X": 20_000.0, "H": 22_000.0, "E": 24_000.0}
+SPEED = {"X": 20_000.0, "H": 22_000.0, "E": 24_000.0, "S": 9_000.0}
 
 
-SPEED_OF_PASSES = {"X": (0.9, 1.0, 1.1), "H": (0.9, 1.0, 1.1), "E": (0.9, 1.0, 1.155)}
+SPEED_OF_PASSES = {"X": (0.9, 1.0, 1.1), "H": (0.9, 1.0, 1.1), "E": (0.9, 1.0, 1.155), "S": (0.9, 1.0, 1.1)}
 """Times SPEED. The ratios of E to X in neighbouring passes are 1, 1 and 1.05 times the ratio of their speeds."""
 
 
@@ -60,19 +60,31 @@ def _in_temp_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def write_fake_study(folder: Path, changes: dict[str, Any] | None = None) -> config.Experiment:
+def write_fake_study(
+    folder: Path, changes: dict[str, Any] | None = None, symmetrized: dict[str, Any] | None = None
+) -> config.Experiment:
     """A folder as the stages before the report leave it, of the committed experiment with TOP1's accuracies.
 
-    `changes` are merged into the `models` section; None there removes the run.
+    `changes` are merged into the `models` section; None there removes the run. `symmetrized` is the section.
     """
     params = params_with_runs(*TOP1)
     params["models"] = {k: v for k, v in {**params["models"], **(changes or {})}.items() if v is not None}
+    params["symmetrized"] = symmetrized or {}
     (folder / "params.yaml").write_text(dump_yaml(params))
     experiment = config.load_experiment(folder / "params.yaml")
     complexity, throughput = [], []
-    for name, run in experiment.models.items():
-        variant = "E" if "flop_" in run.model else "H" if "flophybrid_" in run.model else "X"
-        scale = FAMILY_SCALE.get(name.split("-")[-1], 1.0)
+    for name in experiment.run_names:
+        run = experiment.run(name)
+        variant = (
+            "S"
+            if name in experiment.symmetrized
+            else "E"
+            if "flop_" in run.model
+            else "H"
+            if "flophybrid_" in run.model
+            else "X"
+        )
+        scale = FAMILY_SCALE.get(experiment.trained_name(name).split("-")[-1], 1.0)
         flops = int(FLOPS[variant] * scale)
         complexity.append(
             {
@@ -98,7 +110,7 @@ def write_fake_study(folder: Path, changes: dict[str, Any] | None = None) -> con
                 "compiled": True,
             }
         )
-        _write_run(folder / "outputs" / name, TOP1.get(name, 97.0), invariant=variant == "E")
+        _write_run(folder / "outputs" / name, TOP1.get(name, 97.0), invariant=variant in ("E", "S"))
     (folder / "reports").mkdir()
     (folder / "reports/complexity.json").write_text(json.dumps(complexity))
     (folder / "reports/throughput.json").write_text(json.dumps(throughput))

@@ -171,3 +171,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = stage(folder, command)
         assert done.returncode == 0, done.stderr
     return folder / "data" / "shards" / "digits"
+
+
+def test_a_symmetrized_run_with_an_unknown_group_is_refused(folder, monkeypatch):
+    change(folder, {"vit-sym": {"weights_of": "vit", "group": "flops"}}, "symmetrized")
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="symmetrized.vit-sym.group: group 'flops' is unknown: use trivial, flop"):
+        check.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -58,3 +59,18 @@ def test_a_preset_named_again_keeps_its_seeds(experiment):
     assert Path("params.yaml").read_text() == with_seed
     preset.run("imagenet", "/elsewhere")  # nothing of one's own is lost by another source
     assert config.load_experiment().data.source == "/elsewhere"
+
+
+def test_a_run_and_its_symmetrized_runs_get_the_same_seeds(experiment):
+    text = Path("params.yaml").read_text()
+    rows = "symmetrized:\n  vit-sym: {weights_of: vit, group: flop, how: choose}\n"
+    Path("params.yaml").write_text(re.sub(r"symmetrized:.*\n", rows, text))
+    before = Path("params.yaml").read_text()
+    assert seeds.add_seeds(["vit-sym"], [0, 1]) == ["vit-sym", "vit-sym-seed1"]
+    assert seeds.add_seeds(["vit"], [2]) == ["vit-seed2"]
+    loaded = config.load_experiment()
+    assert [*loaded.symmetrized] == ["vit-sym", "vit-sym-seed1", "vit-sym-seed2"]
+    assert [loaded.seed_of(name) for name in loaded.symmetrized] == [0, 1, 2]
+    assert loaded.symmetrized["vit-sym-seed2"].weights_of == "vit-seed2"
+    assert {run.how for run in loaded.symmetrized.values()} == {"choose"}
+    assert seeds.without_seed_runs(parse_yaml(Path("params.yaml").read_text(), "")) == parse_yaml(before, "")

@@ -1,0 +1,1 @@
+"""Any network made invariant or equivariant under symmetries of the square, by running it on transformed images."""
