@@ -61,13 +61,12 @@ def _run(args: argparse.Namespace) -> None:
     experiment = config.load_experiment()
     for name in runs:
         experiment.run(name)
-    targets = [f"{'symmetrize' if name in experiment.symmetrized else 'evaluate'}@{name}" for name in runs]
+    targets = [_evaluation_stage(experiment, name) for name in runs]
     status = 0
     if subprocess.run([*_DVC, "status", "--quiet", "--with-deps", *targets]).returncode:
         check.run()
         check_git()
-        trained = dict.fromkeys(experiment.trained_name(name) for name in runs or experiment.models)
-        status = _run_pipeline(experiment, list(trained), targets)
+        status = _run_pipeline(experiment, runs or experiment.run_names, targets)
     if runs:  # alone, because its dependency `outputs` would have DVC train all other runs
         _run_dvc("repro", "--single-item", "complexity")
     report.print_report(runs)
@@ -93,15 +92,17 @@ def _run_pipeline(experiment: config.Experiment, run_names: Sequence[str], targe
     If a run fails, the others are evaluated and reported all the same. Returns the status of the first failure, or 0.
     """
     settings = experiment.train
+    trained = list(dict.fromkeys(experiment.trained_name(name) for name in run_names))
     with cluster.local_cluster(settings.least_workers * settings.cpus_per_worker):
-        _run_dvc("repro", "shard", *_recipe_stages(experiment, run_names))  # includes the sweeps that find some of them
-        stages = [f"train@{name}" for name in run_names]
+        _run_dvc("repro", "shard", *_recipe_stages(experiment, trained))  # includes the sweeps that find some of them
+        stages = [f"train@{name}" for name in trained]
         changed = json.loads(subprocess.check_output([*_DVC, "status", "--json", *stages]))
-        stale = [name for name in run_names if f"train@{name}" in changed]
+        stale = [name for name in trained if f"train@{name}" in changed]
         statuses = train_all.train_runs(stale, experiment) if stale else {}
         failed = [name for name, status in statuses.items() if status]
         if failed:
-            others = [f"evaluate@{name}" for name in run_names if name not in failed]
+            usable = [name for name in run_names if experiment.trained_name(name) not in failed]
+            others = [_evaluation_stage(experiment, name) for name in usable]
             remaining = [*others, *(() if targets else _BESIDE_RUNS)]
         else:
             remaining = targets
@@ -113,6 +114,11 @@ def _run_pipeline(experiment: config.Experiment, run_names: Sequence[str], targe
         if failed:
             logging.error("%s failed to train; the other runs are evaluated", ", ".join(failed))
         return failures[0] if failures else 0
+
+
+def _evaluation_stage(experiment: config.Experiment, run_name: str) -> str:
+    """Returns the stage that evaluates a run."""
+    return f"{'symmetrize' if run_name in experiment.symmetrized else 'evaluate'}@{run_name}"
 
 
 def _try_dvc(*words: str) -> list[int]:
