@@ -13,7 +13,6 @@ symmetry permutes |G| equal parts. See docs/maths.md, and Bökman et al. 2025, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from itertools import product
 
 import torch
@@ -202,7 +201,7 @@ def _product(a: Matrix, b: Matrix) -> Matrix:
 
 def _butterflies(first: Parts, second: Parts) -> Parts:
     """The butterfly of each part of the first with the same part of the second, one after the other."""
-    return reduce(lambda parts, pair: (*parts, *butterfly(*pair)), zip(first, second, strict=True), ())
+    return tuple(part for pair in zip(first, second, strict=True) for part in butterfly(*pair))
 
 
 def _c2_copies(even: Tensor, odd: Tensor) -> tuple[Parts, Parts]:
