@@ -42,13 +42,16 @@ class FlopLinear(nn.Module):
         return f"{inner}e+{inner}o -> {outer}e+{outer}o"
 
 
-def check_no_bias(odd: nn.Module) -> None:
-    """Raises ValueError if the layer of odd features has a bias, such as that of an adapter (PEFT's `lora_bias`)."""
-    if type(odd) is nn.Linear and odd.bias is None:
+def check_no_bias(layer: nn.Module, irrep: str = "odd") -> None:
+    """Raises ValueError if the layer of odd features has a bias, such as that of an adapter (PEFT's `lora_bias`).
+
+    `irrep` is another name of features that a symmetry changes.
+    """
+    if type(layer) is nn.Linear and layer.bias is None:
         return
-    for name, _ in odd.named_parameters():
+    for name, _ in layer.named_parameters():
         if name.rpartition(".")[2] == "bias":
             raise ValueError(
-                f"the layer of odd features has a bias, {name!r}: a constant on odd features breaks the mirror "
-                "symmetry; turn the bias off (in PEFT: lora_bias=False), or do not adapt 'odd'"
+                f"the layer of {irrep} features has a bias, {name!r}: a constant on {irrep} features breaks the "
+                f"mirror symmetry; turn the bias off (in PEFT: lora_bias=False), or do not adapt {irrep!r}"
             )
