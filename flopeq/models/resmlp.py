@@ -194,9 +194,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     return state_dict if isinstance(model, FlopMlpMixer) else mixer_filter_fn(state_dict, model)
 
 
-def _create(
+def create_flop_mixer(
     name: str, pretrained: bool, num_flop_blocks: int | None = None, head: str = "even", **kwargs: Any
 ) -> nn.Module:
+    """X, E or H: timm's model if no block is equivariant, else a `FlopMlpMixer`."""
     kwargs = SIZES[baseline_name(name)] | kwargs
     num_flop_blocks = resolve_num_flop_blocks(name, kwargs["num_blocks"], num_flop_blocks)
     check_head(head, num_flop_blocks == kwargs["num_blocks"])
@@ -232,4 +233,4 @@ default_cfgs = make_default_cfgs(SIZES, "EH", first_conv="stem.proj") | make_def
 )
 
 for _name in SIZES:
-    register_variants(__name__, _name, "XEH" if _name in OURS else "EH", _create)
+    register_variants(__name__, _name, "XEH" if _name in OURS else "EH", create_flop_mixer)
