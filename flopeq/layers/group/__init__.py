@@ -7,12 +7,13 @@ named by the irreps. With C2 the layers compute what those of `flopeq.layers` do
 Shape suffixes: B batch, N tokens, C channels, H W grid, h heads, d head width.
 """
 
+from flopeq.layers.group.depthwise import GroupDepthwiseConv
 from flopeq.layers.group.linear import GroupLinear
 from flopeq.layers.group.mlp import GroupGELU, GroupMlp
 from flopeq.layers.group.norm import GroupLayerNorm, GroupLayerScale
 from flopeq.layers.group.parts import add_residual, from_parts, to_parts
 
 __all__ = [
-    "GroupGELU", "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp", "add_residual", "from_parts",
-    "to_parts",
+    "GroupDepthwiseConv", "GroupGELU", "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp", "add_residual",
+    "from_parts", "to_parts",
 ]  # fmt: skip
