@@ -88,7 +88,7 @@ class FlopPosEmbed(nn.Module):
         even, odd = (rearrange(part, "H W C -> C H W") for part in (self.even, self.odd))
         whole = join(mirror_kernel(even, width, +1), mirror_kernel(odd, width, -1), dim=0)
         tokens = rearrange(whole, "C H W -> 1 (H W) C")
-        return tokens if grid_size is None else _resample_tokens(tokens, grid_size, self.grid_size)
+        return tokens if grid_size is None else resample_tokens(tokens, grid_size, self.grid_size)
 
     @torch.no_grad()
     def resized(self, grid_size: tuple[int, int]) -> FlopPosEmbed:
@@ -105,7 +105,8 @@ class FlopPosEmbed(nn.Module):
 
 
 @torch.fx.wrap
-def _resample_tokens(tokens: Tensor, grid_size: tuple[int, int], old_grid_size: tuple[int, int]) -> Tensor:
+def resample_tokens(tokens: Tensor, grid_size: tuple[int, int], old_grid_size: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, N, C) resampled to another grid, as in timm."""
     if grid_size == old_grid_size:
         return tokens
     return resample_abs_pos_embed(tokens, list(grid_size), list(old_grid_size), num_prefix_tokens=0)

@@ -7,13 +7,18 @@ named by the irreps. With C2 the layers compute what those of `flopeq.layers` do
 Shape suffixes: B batch, N tokens, C channels, H W grid, h heads, d head width.
 """
 
+from flopeq.layers.group.attention import GroupAttention
+from flopeq.layers.group.conv import GroupPatchConv, check_patches, check_square
 from flopeq.layers.group.depthwise import GroupDepthwiseConv
+from flopeq.layers.group.embed import GroupPatchEmbed, GroupPosEmbed
 from flopeq.layers.group.linear import GroupLinear
 from flopeq.layers.group.mlp import GroupGELU, GroupMlp
 from flopeq.layers.group.norm import GroupLayerNorm, GroupLayerScale
+from flopeq.layers.group.orbits import OrbitFields, OrbitTable, orbit_table
 from flopeq.layers.group.parts import add_residual, from_parts, to_parts
 
 __all__ = [
-    "GroupDepthwiseConv", "GroupGELU", "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp", "add_residual",
-    "from_parts", "to_parts",
+    "GroupAttention", "GroupDepthwiseConv", "GroupGELU", "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp",
+    "GroupPatchConv", "GroupPatchEmbed", "GroupPosEmbed", "OrbitFields", "OrbitTable", "add_residual", "check_patches",
+    "check_square", "from_parts", "orbit_table", "to_parts",
 ]  # fmt: skip
