@@ -28,7 +28,6 @@ from flopeq.layers.group.parts import add_residual, multiplicities, split_scales
 from flopeq.models.convnext import KERNEL_SIZE, REFUSED, SIZES, ConvNeXtIso, FlopConvNeXtBlock, IsotropicConvNeXt
 from flopeq.models.symmetry import (
     GroupHead,
-    RestrictsFirst,
     block_groups,
     check_group_head,
     default_head,
@@ -81,22 +80,26 @@ class GroupConvNeXtBlock(ConvNeXtBlock):
         return y.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-class RestrictsGridFirst(RestrictsFirst):
-    """The same for blocks that take grids (B, C, H, W)."""
+class RestrictsFirst:
+    """Mixin for a block that first restricts its grid from the group of the block before to its own group."""
 
-    def restrict(self, x: Tensor) -> Tensor:
-        return super().restrict(x.movedim(1, -1)).movedim(-1, 1)
+    group_before: Group
+    group: Group
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = self.group_before.restrict(x.movedim(1, -1), self.group).movedim(-1, 1)
+        return super().forward(x, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class RestrictingGroupBlock(RestrictsGridFirst, GroupConvNeXtBlock):
+class RestrictingGroupBlock(RestrictsFirst, GroupConvNeXtBlock):
     """The first block of C2 x C2 after blocks of D4."""
 
 
-class RestrictingFlopBlock(RestrictsGridFirst, FlopConvNeXtBlock):
+class RestrictingFlopBlock(RestrictsFirst, FlopConvNeXtBlock):
     """The first block of C2 after blocks of a larger group."""
 
 
-class RestrictingBlock(RestrictsGridFirst, ConvNeXtBlock):
+class RestrictingBlock(RestrictsFirst, ConvNeXtBlock):
     """The first ordinary block. It restricts to the trivial group, which is the change to the regular basis."""
 
 
