@@ -17,6 +17,6 @@ if "_FLOPEQ_COMPLETE" not in os.environ:
     raise_trim_threshold()
 
 __all__ = [
-    "Table1Row", "convert_authors_state_dict", "convnext", "group_convnext", "group_vit", "keep_freed_memory", "resmlp", "table1",
-    "testing", "vit",
+    "Table1Row", "convert_authors_state_dict", "convnext", "group_convnext", "group_vit", "keep_freed_memory", "resmlp",
+    "table1", "testing", "vit",
 ]  # fmt: skip
