@@ -12,7 +12,7 @@ if "_FLOPEQ_COMPLETE" not in os.environ:
     from flopeq.backends.malloc import keep_freed_memory, raise_trim_threshold
     from flopeq.hub.convert import convert_authors_state_dict
     from flopeq.measure.paper import Table1Row, table1
-    from flopeq.models import convnext, group_resmlp, group_vit, resmlp, vit
+    from flopeq.models import convnext, group_convnext, group_resmlp, group_vit, resmlp, vit
     from flopeq.symmetrization import entry_point  # noqa: F401  registers "symmetrized" in timm
     from flopeq.symmetrization.product import symmetrize_product
     from flopeq.symmetrization.views import MultiView
@@ -21,6 +21,7 @@ if "_FLOPEQ_COMPLETE" not in os.environ:
     raise_trim_threshold()
 
 __all__ = [
-    "MultiView", "Symmetrized", "Table1Row", "convert_authors_state_dict", "convnext", "group_resmlp", "group_vit",
-    "keep_freed_memory", "resmlp", "symmetrize", "symmetrize_product", "table1", "testing", "vit",
+    "MultiView", "Symmetrized", "Table1Row", "convert_authors_state_dict", "convnext", "group_convnext",
+    "group_resmlp", "group_vit", "keep_freed_memory", "resmlp", "symmetrize", "symmetrize_product", "table1",
+    "testing", "vit",
 ]  # fmt: skip
