@@ -19,6 +19,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flopeq.hub.convert_octic import convert_octic_vit, infer_octic_args, is_octic
 from flopeq.hub.tensor_source import Tensors, TensorSource, convert_linear, convert_vit_block
 from flopeq.models.build import build, did_you_mean
 from flopeq.registry import MODELS, describe
@@ -198,6 +199,8 @@ CONVERTERS: dict[str, Callable[[TensorSource], Tensors]] = {
 
 def _identify(source: TensorSource) -> tuple[str, str]:
     """Family and variant of a checkpoint. Raises ValueError if it is not one of the authors' networks."""
+    if is_octic(source):
+        return "vit", "H-D4"
     roots = {name.partition(".")[0] for name in source.left}
     if "patch_embed" in roots:
         family = "vit" if "cls_token" in roots else "resmlp"
