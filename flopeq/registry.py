@@ -7,13 +7,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model of the study. `variant` is X (baseline), E (equivariant) or H (hybrid)."""
+    """A model of the study.
+
+    `variant` is X (baseline), E or H (equivariant or hybrid, for the flop), or the same for a larger group: C2xC2 or
+    H-C2xC2, D4 or H-D4.
+    """
 
     model: str
     paper_name: str
     family: str
     size: str
     variant: str
+
+    @property
+    def group(self) -> str | None:
+        """The name of the group in `flopeq.groups`, or None for X."""
+        return _GROUPS[self.variant]
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether only the first blocks are equivariant, unless arguments say otherwise."""
+        return self.variant.startswith("H")
 
 
 BASELINES = (
@@ -30,12 +44,29 @@ BASELINES = (
     ("convnext_iso_large", "ConvNeXt-L (iso.)", "convnext_iso", "L"),
 )
 
-PREFIXES = {"X": "", "E": "flop_", "H": "flophybrid_"}
+PREFIXES = {
+    "X": "",
+    "E": "flop_",
+    "H": "flophybrid_",
+    "C2xC2": "mirrors_",
+    "H-C2xC2": "mirrorshybrid_",
+    "D4": "octic_",
+    "H-D4": "octichybrid_",
+}
+
+GROUP_VARIANTS = ("C2xC2", "H-C2xC2", "D4", "H-D4")
+"""Variants for groups beyond that of the flop."""
+
+GROUP_FAMILIES = ("vit",)
+"""Families that have the variants for larger groups."""
+
+_GROUPS = {"X": None, "E": "c2", "H": "c2", "C2xC2": "c2xc2", "H-C2xC2": "c2xc2", "D4": "d4", "H-D4": "d4"}
 
 MODELS: dict[str, ModelInfo] = {
     prefix + name: ModelInfo(prefix + name, paper if variant == "X" else f"{variant}({paper})", family, size, variant)
     for name, paper, family, size in BASELINES
     for variant, prefix in PREFIXES.items()
+    if variant not in GROUP_VARIANTS or family in GROUP_FAMILIES
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,9 @@ from flopeq.irreps import join, split
 
 Halves = tuple[Tensor, Tensor]
 """Even and odd features as two separate tensors."""
+
+
+PartsT = TypeVar("PartsT", bound=tuple[Tensor, ...])
 
 
 def to_halves(x: Tensor | Halves) -> Halves:
@@ -21,7 +26,7 @@ def from_halves(halves: Halves, like: Tensor | Halves) -> Tensor | Halves:
     return halves if isinstance(like, tuple) else join(*halves)
 
 
-def call_unless_identity(layer: nn.Module, halves: Halves) -> Halves:
+def call_unless_identity(layer: nn.Module, halves: PartsT) -> PartsT:
     """layer(halves). nn.Identity is not called, because torch.jit knows it for a single tensor only."""
     return halves if isinstance(layer, nn.Identity) else layer(halves)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -49,18 +49,46 @@ class BlockSequence(nn.Sequential):
         return last(x, **last_block_args)
 
 
-class FlopHead:
-    """Mixin for timm models that gives the head of an equivariant network invariant features only.
-
-    `head="even"` selects the even half of the channels, as in the paper. `"even+abs_odd"` appends the absolute values
-    of the odd half, which are also invariant (an option of the authors' code).
-    """
+class InvariantHead:
+    """Mixin for timm models whose classifier sees `head_hidden_size` invariant features."""
 
     num_classes: int
     embed_dim: int
     blocks: nn.Sequential
     head: nn.Module
+    head_hidden_size: int
     training: bool
+
+    def resize_head(self, head_hidden_size: int, **dd: Any) -> None:
+        """Gives the classifier another number of input features. It keeps its first initial weights."""
+        self.head_hidden_size = head_hidden_size
+        if isinstance(self.head, nn.Linear):
+            fresh = nn.Linear(head_hidden_size, self.num_classes, **dd)
+            fresh.weight.data.copy_(self.head.weight.data[:, :head_hidden_size])
+            fresh.bias.data.copy_(self.head.bias.data)
+            self.head = fresh
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one for `num_classes` classes; 0 removes it and keeps the pooling."""
+        super().reset_classifier(num_classes, global_pool)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(self.head, nn.Linear) and self.head.in_features != self.head_hidden_size:
+            weight = self.head.weight
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+            self.head.train(self.training)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError(
+            f"{type(self).__name__} does not support torch.jit.script, which torch has deprecated: use torch.compile "
+            "or torch.export"
+        )
+
+
+class FlopHead(InvariantHead):
+    """Mixin for timm models that gives the head of an equivariant network invariant features only.
+
+    `head="even"` selects the even half of the channels, as in the paper. `"even+abs_odd"` appends the absolute values
+    of the odd half, which are also invariant (an option of the authors' code).
+    """
 
     def init_head(self, head: str, equivariant: bool, **dd: Any) -> None:
         """Resizes the classifier to the number of invariant features. Raises: ValueError as `check_head` does."""
@@ -68,18 +96,7 @@ class FlopHead:
         self.equivariant = equivariant
         self.append_abs_odd = head == "even+abs_odd"
         if equivariant and not self.append_abs_odd:
-            self.head_hidden_size = self.embed_dim // 2
-            if isinstance(self.head, nn.Linear):
-                fresh = nn.Linear(self.head_hidden_size, self.num_classes, **dd)
-                fresh.weight.data.copy_(self.head.weight.data[:, : self.head_hidden_size])
-                fresh.bias.data.copy_(self.head.bias.data)
-                self.head = fresh
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        raise NotImplementedError(
-            f"{type(self).__name__} does not support torch.jit.script, which torch has deprecated: use torch.compile "
-            "or torch.export"
-        )
+            self.resize_head(self.embed_dim // 2, **dd)
 
     def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
         """The features for the head. `dim` is the channel axis."""
@@ -99,20 +116,12 @@ class FlopHead:
             return False
         return not has_hooks(*self.blocks[-1].modules())
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one for `num_classes` classes; 0 removes it and keeps the pooling."""
-        super().reset_classifier(num_classes, global_pool)  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(self.head, nn.Linear) and self.head.in_features != self.head_hidden_size:
-            weight = self.head.weight
-            self.head = nn.Linear(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
-            self.head.train(self.training)
 
+def register_variants(module: str, baseline: str, variants: Iterable[str], create: Callable[..., nn.Module]) -> None:
+    """Registers variants of a baseline in timm: "EH", "XEH" if timm does not have X, or `GROUP_VARIANTS`.
 
-def register_variants(module: str, baseline: str, variants: str, create: Callable[..., nn.Module]) -> None:
-    """Registers variants of a baseline in timm: "EH", or "XEH" if timm does not have X.
-
-    `create(name, pretrained, num_flop_blocks, **kwargs)` builds the model. If the caller does not pass
-    `num_flop_blocks`, it is None, which stands for depth in E and depth // 2 in H.
+    `create(name, pretrained, **kwargs)` builds the model. If the caller does not pass `num_flop_blocks`, it stands for
+    depth in E and depth // 2 in H.
     """
     for variant in variants:
         name = PREFIXES[variant] + baseline
@@ -141,14 +150,17 @@ def resolve_num_flop_blocks(name: str, depth: int, num_flop_blocks: int | None) 
 
 def baseline_name(name: str) -> str:
     """The name of the baseline X of a model."""
-    return name.removeprefix(PREFIXES["H"]).removeprefix(PREFIXES["E"])
+    prefix = next((prefix for prefix in PREFIXES.values() if prefix and name.startswith(prefix)), "")
+    return name.removeprefix(prefix)
 
 
-def make_default_cfgs(sizes: Mapping[str, Mapping[str, Any]], variants: str, first_conv: str) -> dict[str, Any]:
+def make_default_cfgs(
+    sizes: Mapping[str, Mapping[str, Any]], variants: Iterable[str], first_conv: str
+) -> dict[str, Any]:
     """timm's `default_cfgs` for models without published weights, with the paper's input and ImageNet's statistics.
 
-    `first_conv` names the module of the patch embedding. In E and H it has a mirrored kernel, with parameters `even`
-    and `odd` instead of timm's `weight`.
+    `first_conv` names the module of the patch embedding. Except in X its kernel has the symmetry of the group, with
+    parameters named by irreps, such as `even` and `odd`, instead of timm's `weight`.
     """
     return generate_default_cfgs(
         {

@@ -60,6 +60,15 @@ class FlopBlock(Block):
         return join(*add_residual(halves, call_unless_identity(self.ls2, update), self.drop_path2))
 
 
+FLOP_LAYERS: dict[str, Any] = {
+    "norm_layer": FlopLayerNorm,
+    "act_layer": FlopGELU,
+    "mlp_layer": FlopMlp,
+    "attn_layer": FlopAttention,
+}
+"""The layers of timm's `Block` that commute with the flop."""
+
+
 class BasisChangeBlock(Block):
     """The first ordinary block of a hybrid. It first changes its input to the regular basis."""
 
@@ -70,13 +79,7 @@ class BasisChangeBlock(Block):
 def _make_block(num_flop_blocks: int, depth: int, dim: int, **kwargs: Any) -> Block:
     """Makes the block with index `depth`: equivariant blocks, then one that changes basis, then ordinary ones."""
     if depth < num_flop_blocks:
-        flop_layers = {
-            "norm_layer": FlopLayerNorm,
-            "act_layer": FlopGELU,
-            "mlp_layer": FlopMlp,
-            "attn_layer": FlopAttention,
-        }
-        return FlopBlock(dim, depth=depth, **(kwargs | flop_layers))
+        return FlopBlock(dim, depth=depth, **(kwargs | FLOP_LAYERS))
     return (BasisChangeBlock if depth == num_flop_blocks else Block)(dim, depth=depth, **kwargs)
 
 

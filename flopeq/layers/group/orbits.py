@@ -60,6 +60,22 @@ def orbit_table(group: Group, irrep: Irrep, size: tuple[int, int]) -> OrbitTable
     return OrbitTable(index, tuple(signs), tuple(representatives))
 
 
+def size_of_fields(group: Group, num_free: tuple[int, ...]) -> tuple[int, int]:
+    """The grid (H, W) whose fields have these numbers of free values, by irrep; of several, the most nearly square.
+
+    Raises: ValueError if there is none.
+    """
+    num_positions = sum(irrep.dim * free for irrep, free in zip(group.irreps, num_free, strict=True))
+    heights = [height for height in range(1, num_positions + 1) if num_positions % height == 0]
+    for height in sorted(heights, key=lambda height: abs(height - num_positions // height)):
+        size = height, num_positions // height
+        if group.transposes and size[0] != size[1]:
+            continue
+        if num_free == tuple(len(orbit_table(group, irrep, size).representatives) for irrep in group.irreps):
+            return size
+    raise ValueError(f"no grid has fields of {group.name} with {num_free} free values")
+
+
 class OrbitFields(nn.Module):
     """Fields of one irrep on a grid, from their free values. It has no parameters.
 
