@@ -1,6 +1,7 @@
 """Converts checkpoints of the paper's authors (github.com/georg-bn/flopping-for-flops) to those of flopeq's models.
 
-The authors' `sym` is even here, and `asym` is odd. The converted weights define the same function.
+The authors' `sym` is even here, and `asym` is odd. The converted weights define the same function. The checkpoints of
+their later octic-vits are converted by `flopeq.hub.convert_octic`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flopeq.hub.convert_octic import convert_octic_vit, infer_octic_args, is_octic
+from flopeq.hub.convert_octic import convert_octic_vit, is_octic
+from flopeq.hub.group_args import infer_group_args
 from flopeq.hub.tensor_source import Tensors, TensorSource, convert_linear, convert_vit_block
 from flopeq.models.build import build, did_you_mean
-from flopeq.registry import MODELS, describe
+from flopeq.registry import GROUP_VARIANTS, MODELS, describe
 
 __all__ = ["convert_authors_state_dict", "convert_checkpoint", "load_authors_checkpoint", "infer_args"]
 
@@ -217,11 +219,12 @@ def _identify(source: TensorSource) -> tuple[str, str]:
 def convert_authors_state_dict(state_dict: Mapping[str, Tensor], model_name: str) -> Tensors:
     """Converts the authors' state dict to that of flopeq's model, for `load_state_dict(strict=True)`.
 
-    `model_name` is a name in flopeq (X, `flop_<X>` or `flophybrid_<X>`) of the checkpoint's family and variant. Widths,
-    depths and image sizes are arbitrary. The authors have hybrids of the ViT only. Build the model with
-    head="even+abs_odd" if they used `use_symmetrized_asym_feats`, and a ConvNeXt with an `ls_init_value` if the
-    checkpoint has LayerScale. The authors' `d2_inv_early_*` ViTs compute another function with the same tensors as
-    their hybrids, so a state dict does not distinguish the two.
+    `model_name` is a name in flopeq (X, `flop_<X>`, `flophybrid_<X>` or `octichybrid_<X>`) of the checkpoint's family
+    and variant. Widths, depths and image sizes are arbitrary. The authors have hybrids of the ViT only. Build the model
+    with head="even+abs_odd" if they used `use_symmetrized_asym_feats`, a ConvNeXt with an `ls_init_value` if the
+    checkpoint has LayerScale, and an octic hybrid with `octic_vits` (see `flopeq.hub.convert_octic`). The authors'
+    `d2_inv_early_*` ViTs compute another function with the same tensors as their hybrids, so a state dict does not
+    distinguish the two.
 
     Raises: ValueError for a model outside the study, a model of another kind than the checkpoint, missing or unknown
     tensors, frozen zeros that are not zero, and an order of tokens that differs from the authors'.
@@ -237,7 +240,8 @@ def convert_authors_state_dict(state_dict: Mapping[str, Tensor], model_name: str
             f"the checkpoint holds {kind[1]}({kind[0]}), but {model_name} is {info.variant}({info.family}): "
             f"use a name such as {fitting}"
         )
-    tensors = CONVERTERS[info.family](source) | convert_linear(source, "head", "head")
+    convert = convert_octic_vit if is_octic(source) else CONVERTERS[info.family]
+    tensors = convert(source) | convert_linear(source, "head", "head")
     source.check_empty()
     return tensors
 
@@ -292,10 +296,15 @@ def convert_checkpoint(source: Path, model_name: str, target: Path) -> Tensors:
 
 
 def infer_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
-    """Infers arguments of `timm.create_model` from the tensors. Assumes square images for ResMLPs."""
+    """Infers arguments of `timm.create_model` from the tensors. Assumes square images for ResMLPs.
+
+    With groups beyond the flop, only the number of classes is inferred for ResMLPs and ConvNeXts.
+    """
     info = MODELS[model_name]
     num_classes, num_features = tensors["head.weight"].shape
     args: dict[str, Any] = {"num_classes": num_classes}
+    if info.variant in GROUP_VARIANTS:
+        return args | (infer_group_args(tensors, model_name) if info.family == "vit" else {})
     stem = {"vit": "patch_embed.proj", "resmlp": "stem.proj", "convnext_iso": "stem"}[info.family]
     kernel = tensors[f"{stem}.weight" if info.variant == "X" else f"{stem}.even"]
     if info.variant == "E" and num_features == 2 * len(kernel):

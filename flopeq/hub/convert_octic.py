@@ -11,9 +11,6 @@ Their irreps A1, A2, B1, B2 are a1, a2, b1, b2 here. Two differences are in E, w
 
 from __future__ import annotations
 
-import re
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,16 +51,6 @@ def convert_octic_vit(source: TensorSource) -> Tensors:
         scale = tensors["norm.weight"]
         tensors[f"blocks.{split}.split.signs"] = ConcatenatedIrreps(len(scale), scale.device, scale.dtype).signs
     return tensors
-
-
-def infer_octic_args(tensors: Tensors) -> dict[str, Any]:
-    """The arguments `octic_vits` and `symmetry` of converted weights; {} for other weights."""
-    split = re.compile(r"blocks\.(\d+)\.split\.(signs|proj\.weight)")
-    found = next(filter(None, map(split.fullmatch, tensors)), None)
-    if found is None:
-        return {}
-    kind = "hybrid" if found[2] == "signs" else "invariant"
-    return {"octic_vits": kind, "symmetry": f"{D4.name}:{found[1]}"}
 
 
 def _check_power_spectrum(weight: Tensor) -> None:

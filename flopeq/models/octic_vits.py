@@ -7,13 +7,15 @@ I8. `flopeq convert` writes this argument beside the weights. docs/departures.md
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from flopeq.groups import D4, TRIVIAL, Group
+
+OcticVits = Literal["hybrid", "invariant"]
 
 
 class ConcatenatedIrreps(nn.Module):
@@ -63,29 +65,21 @@ class PowerSpectrum(nn.Module):
         return self.proj(torch.cat([a1, a2.abs(), b1.abs(), b2.abs(), torch.linalg.vector_norm(e, dim=-2)], -1))
 
 
-SPLITS = {"hybrid": ConcatenatedIrreps, "invariant": PowerSpectrum}
-"""What `octic_vits` places before the first ordinary block."""
-
-
 class SplitBlock(Block):
-    """The first ordinary block of a hybrid of octic-vits."""
+    """The first ordinary block of a hybrid of octic-vits, with the layer `split` before it."""
 
-    def __init__(self, split: str, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any) -> None:
+    def __init__(self, octic_vits: OcticVits, dim: int, *args: Any, device=None, dtype=None, **kwargs: Any) -> None:
         super().__init__(dim, *args, device=device, dtype=dtype, **kwargs)
-        self.split = SPLITS[split](dim, device=device, dtype=dtype)
+        self.split = (ConcatenatedIrreps if octic_vits == "hybrid" else PowerSpectrum)(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return super().forward(self.split(x), attn_mask, is_causal)
 
 
 def make_octic_block(
-    octic_vits: str, groups: Sequence[Group], make_block: Callable[..., Block], depth: int, dim: int, **kwargs: Any
-) -> Block:
-    """Makes the block with index `depth` of a hybrid of octic-vits, with the help of the function for other networks.
-
-    Raises: ValueError as `check_octic_vits` does.
-    """
-    check_octic_vits(octic_vits, groups)
+    octic_vits: OcticVits, groups: Sequence[Group], make_block: Callable[..., Any], depth: int, dim: int, **kwargs: Any
+) -> nn.Module:
+    """Makes the block with index `depth`. `make_block` makes the same block of flopeq's own networks."""
     if groups[depth] is TRIVIAL and groups[depth - 1] is D4:
         return SplitBlock(octic_vits, dim, depth=depth, **kwargs)
     block = make_block(depth=depth, dim=dim, **kwargs)
@@ -96,10 +90,9 @@ def make_octic_block(
 
 
 def check_octic_vits(octic_vits: str, groups: Sequence[Group]) -> None:
-    """Raises ValueError for an unknown value of `octic_vits`, and unless blocks of D4 are followed by ordinary ones."""
-    if octic_vits not in SPLITS:
-        raise ValueError(f"octic_vits={octic_vits!r} is unknown: use one of {', '.join(map(repr, SPLITS))}")
-    if groups[0] is not D4 or groups[-1] is not TRIVIAL or len(set(groups)) > 2:
-        raise ValueError(
-            f"octic_vits={octic_vits!r} is for blocks of d4 that ordinary ones follow, as in symmetry='d4:6,x:6'"
-        )
+    """Raises ValueError for an unknown value, and unless the network has blocks of D4 and then ordinary blocks."""
+    known = get_args(OcticVits)
+    if octic_vits not in known:
+        raise ValueError(f"octic_vits={octic_vits!r} is unknown: use one of {', '.join(map(repr, known))}")
+    if groups[0] is not D4 or set(groups) != {D4, TRIVIAL}:
+        raise ValueError(f"octic_vits={octic_vits!r} is for blocks of d4 and then ordinary ones, as in symmetry='d4:6'")
