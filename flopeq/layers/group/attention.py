@@ -18,6 +18,8 @@ from flopeq.layers.group.norm import GroupLayerNorm
 from flopeq.layers.group.parts import describe_parts, from_parts, to_parts
 from flopeq.layers.halves import call_unless_identity
 
+torch.fx.wrap("check_not_causal")  # a wrapped function is known in its own module only
+
 
 class GroupAttention(nn.Module):
     """Self-attention with invariant scores: q.k is the sum of the products over all irreps and rows.

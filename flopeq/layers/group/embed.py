@@ -16,6 +16,8 @@ from flopeq.layers.group.conv import GroupPatchConv, check_patches, check_square
 from flopeq.layers.group.orbits import OrbitFields
 from flopeq.layers.group.parts import describe_parts, multiplicities
 
+torch.fx.wrap("resample_tokens")  # a wrapped function is known in its own module only
+
 
 class GroupPatchEmbed(PatchEmbed):
     """timm's `PatchEmbed` with a `GroupPatchConv`. Tokens are in raster order.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -29,8 +31,9 @@ def multiplicities(group: Group, num_channels: int, what: str) -> list[int]:
 
 def split_scales(group: Group, scales: Tensor) -> list[Tensor]:
     """Scales for the parts, from one tensor with a scale for each occurrence of an irrep. Both rows share one scale."""
-    copies = len(scales) // sum(irrep.dim for irrep in group.irreps)
-    return list(scales.split([irrep.dim * copies for irrep in group.irreps]))
+    ends = list(accumulate(irrep.dim for irrep in group.irreps))
+    copies = scales.shape[0] // ends[-1]
+    return [scales[start * copies : end * copies] for start, end in pairwise([0, *ends])]
 
 
 def add_residual(group: Group, x: Parts, update: Parts, drop_path: nn.Module) -> Parts:
