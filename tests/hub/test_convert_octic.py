@@ -15,6 +15,7 @@ from safetensors.torch import safe_open
 from torch import Tensor, nn
 
 from flopeq.hub.convert import convert_authors_state_dict, convert_checkpoint, infer_args
+from flopeq.hub.export import export_model
 from flopeq.measure.flops import complexity
 from flopeq.models.build import ModelError, build
 from flopeq.models.octic_vits import ConcatenatedIrreps
@@ -132,6 +133,11 @@ def test_a_published_file_becomes_safetensors_that_timm_loads(
     model = timm.create_model(name, checkpoint_path=str(target), **our_args(network), **model_args)
     assert error_of(model.eval(), network, torch.float32) <= 1e-4
 
+    export_model(name, tmp_path / "exported", checkpoint=target, **our_args(network))
+    exported = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True)
+    assert error_of(exported.eval(), network, torch.float32) <= 1e-4
+    assert "octic_vits" in (tmp_path / "exported" / "README.md").read_text()
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -182,7 +188,9 @@ PRINTED = {
 }
 
 
-@pytest.mark.parametrize(("size", "kind"), PRINTED)
+@pytest.mark.parametrize(
+    ("size", "kind"), [pytest.param(*case, marks=pytest.mark.slow if "huge" in case[0] else ()) for case in PRINTED]
+)
 def test_sizes_match_what_octic_vits_prints(size: str, kind: str) -> None:
     """The printed numbers of I8 are those of a network that projects 4C invariants, as many as their polynomial ones.
 
