@@ -157,7 +157,8 @@ def _flop_ratio(name: str, args: dict[str, Any], size: tuple[int, int, int], flo
     info = describe(name)
     if info is None or info.variant == "X":
         return None
-    baseline_args = {key: value for key, value in args.items() if key not in ("num_flop_blocks", "head")}
+    of_symmetry = ("num_flop_blocks", "num_group_blocks", "symmetry", "head", "octic_vits")
+    baseline_args = {key: value for key, value in args.items() if key not in of_symmetry}
     if info.family == "resmlp" and "resmlp_base" not in name and "resmlp_large" not in name and baseline_args:
         return None
     return complexity(build(baseline_name(name), device="meta", **baseline_args), size).flops / flops
