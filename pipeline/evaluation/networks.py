@@ -13,7 +13,6 @@ from flopeq.models.build import ModelError, build
 from pipeline.base.config import Experiment
 from pipeline.base.errors import ConfigError
 from pipeline.base.schema import SymmetrizedRun
-from pipeline.training import recipe
 
 
 def build_network(
@@ -47,7 +46,7 @@ def load_trained_network(
     path = outputs / run_name / file
     if not path.is_file():
         raise ConfigError(f"{path} not found: run `dvc repro --force train@{run_name}`")
-    run, recipe_ = experiment.run(run_name), experiment.recipe(run_name)
-    model = recipe.build_model(run, recipe_, num_classes=num_classes, seed=0)
+    run = experiment.run(run_name)
+    model = build(run.model, num_classes=num_classes, **run.args)
     model.load_state_dict(load_file(path))
     return model

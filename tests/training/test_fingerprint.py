@@ -30,9 +30,13 @@ are, log, connect, or name models."""
 
 NO_DEPENDENCIES_OF = {
     "train": ("flopeq/hardware.py", "stages/train.py"),  # what was compiled is recorded; it starts the training
-    "evaluate": ("flopeq/hub/convert.py", "pipeline/training/fingerprint.py"),  # of stages.evaluate_weights
+    # of stages.evaluate_weights
+    **dict.fromkeys(("evaluate", "symmetrize"), ("flopeq/hub", "pipeline/training/fingerprint.py")),
+    "paper_sizes": ("pipeline/evaluation/networks.py", "flopeq/symmetrization"),  # of stages.throughput
     "report": ("flopeq/backends", "flopeq/hardware.py", "flopeq/irreps.py"),  # of networks, which it does not build
 }
+
+MODEL_FILES = [path.stem for path in (ROOT / "flopeq/models").glob("*.py") if path.stem != "__init__"]
 
 STAGE_MODULES = {"recipe": "resolve", "tuned": "resolve"}
 
@@ -68,7 +72,7 @@ def is_below(file: str, paths: tuple[str, ...]) -> bool:
 
 @pytest.mark.parametrize("stage", ["train", "sweep_recipe", "sweep_hybrid"])
 def test_training_stages_depend_on_all_model_code(stage):
-    made_by = imported_by(*(f"flopeq.models.{family}" for family in ("vit", "resmlp", "convnext"))) - NAMES_ONLY
+    made_by = imported_by(*(f"flopeq.models.{family}" for family in MODEL_FILES)) - NAMES_ONLY
     assert len(made_by) > 10
     assert not [file for file in made_by if not is_below(file, dependencies(stage))]
     assert made_by <= {*fingerprinted_files()} | {"flopeq/backends/malloc.py"}
@@ -78,7 +82,7 @@ def test_training_stages_depend_on_all_model_code(stage):
 def test_a_stage_depends_on_all_code_that_it_runs(stage):
     files = imported_by(f"stages.{STAGE_MODULES.get(stage, stage)}")
     if "flopeq/models/build.py" in files and stage != "report":
-        files |= imported_by(*(f"flopeq.models.{family}" for family in ("vit", "resmlp", "convnext")))
+        files |= imported_by(*(f"flopeq.models.{family}" for family in MODEL_FILES))
     excused = (*NO_DEPENDENCIES, *NO_DEPENDENCIES_OF.get(stage, ()))
     assert len(files) > 5
     assert (
