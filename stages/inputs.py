@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.source_code import code_of
-from pipeline.base.yaml_files import read_yaml
+from pipeline.base.yaml_files import read_yaml, value_at
 
 PARAMS = Path("params.yaml")
 
@@ -52,10 +52,7 @@ def _read_params(stage: str) -> dict[str, Any]:
     for template in entry.get("params", ()):
         # A name with the value of another parameter in it stands for its whole section.
         name = template.replace("${key}", key).partition(".${")[0]
-        value = content
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        values[name] = value
+        values[name] = value_at(content, name)
     return values
 
 
