@@ -7,12 +7,14 @@ import os
 
 from pipeline.base import config
 from pipeline.packing.sources import digits
-from stages import run_stage
+from stages import run_stage, workspace
 
 
 def run() -> None:
     experiment = config.load_experiment()
     data = experiment.data
+    if workspace.link_shards(data.shards):
+        return
     digits.open_source(data)
 
     from pipeline.packing import pack

@@ -77,3 +77,10 @@ class _PortableRepresenter(RoundTripRepresenter):
 
 _PortableRepresenter.add_representer(str, _PortableRepresenter.represent_str)
 _PortableRepresenter.add_representer(float, _PortableRepresenter.represent_float)
+
+
+def value_at(content: Any, name: str) -> Any:
+    """Returns the value under a name such as `train.workers`, or None."""
+    for part in name.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content

@@ -23,7 +23,7 @@ NO_DEPENDENCIES = (
     *(f"pipeline/base/{name}.py" for name in ("config", "errors", "files", "locks", "plotting", "progress", "schema",
                                               "source_code", "tracking_uri", "yaml_files")),
     "pipeline/shards", "pipeline/track.py", "pipeline/cluster.py", "stages/__init__.py", "stages/inputs.py",
-    "flopeq/registry.py",
+    "stages/workspace.py", "flopeq/registry.py",
 )  # fmt: skip
 """Files of which no stage has to depend: their contents reach it as parameters, or they read and write files as they
 are, log, connect, or name models."""
