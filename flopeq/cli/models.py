@@ -1,10 +1,10 @@
-"""The commands `list`, `complexity`, `equivariance`, `export` and `convert`."""
+"""The commands `list`, `complexity`, `equivariance`, `export`, `symmetrize` and `convert`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -115,6 +115,23 @@ def equivariance(
         print_rows([{"": part, "error": f"{error:.1e}"} for part, error in errors.items()], as_json)
 
 
+ExportWords = Annotated[
+    list[str],
+    typer.Argument(metavar="[MODEL] OUT_DIR [KEY=VALUE...]", help="A timm model, the folder to write, and model "
+                   "arguments. Omit MODEL with --run.", autocompletion=complete_model),
+]  # fmt: skip
+
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Weights; convert the authors' with `flopeq convert` first.")
+]
+
+TrainedRun = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="A trained run, outputs/<run>: its model, weights, metrics.")
+]
+
+License = Annotated[str, typer.Option(metavar="NAME", help="License of the weights.")]
+
+
 @app.command(
     epilog=format_examples(
         "export flop_deit3_small_patch16_224 exported --checkpoint weights.safetensors",
@@ -122,34 +139,58 @@ def equivariance(
     )
 )
 def export(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="[MODEL] OUT_DIR [KEY=VALUE...]", help="A timm model, the folder to write, and model "
-                       "arguments. Omit MODEL with --run.", autocompletion=complete_model),
-    ],
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights; convert the authors' with `flopeq convert` first.")
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="A trained run, outputs/<run>: its model, weights, metrics.")
-    ] = None,
-    license: Annotated[str, typer.Option(metavar="NAME", help="License of the weights.")] = "apache-2.0",
+    words: ExportWords,
+    checkpoint: Checkpoint = None,
+    run: TrainedRun = None,
+    license: License = "apache-2.0",
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Export a model to a folder that timm loads: model.safetensors, config.json and a model card, README.md.
 
     After `import flopeq`, timm.create_model("local-dir:OUT_DIR", pretrained=True) loads the model. The folder can be
     uploaded to a model hub as it is. The export measures the equivariance error for the model card.
     """
+    _export(words, as_json, checkpoint=checkpoint, run=run, license=license)
+
+
+@app.command(
+    epilog=format_examples(
+        "symmetrize --run outputs/vit symmetrized/vit",
+        "symmetrize resnet50 symmetrized/resnet50 --checkpoint weights.safetensors --group d4 --how canonical",
+    )
+)
+def symmetrize(
+    words: ExportWords,
+    group: Annotated[
+        str, typer.Option(metavar="NAME", help="flop, flip, turn, transpose, c4, d4, or names joined by *.")
+    ] = "flop",
+    how: Annotated[
+        str, typer.Option(metavar="HOW", help="average, choose (the most confident pass), or canonical (one pass).")
+    ] = "average",
+    checkpoint: Checkpoint = None,
+    run: TrainedRun = None,
+    license: License = "apache-2.0",
+    as_json: Json = False,
+) -> None:
+    """Make a model invariant under a group, without training, and export it like `flopeq export`.
+
+    The model runs once for each symmetry in the group, or once with `--how canonical`. After `import flopeq`,
+    timm.create_model("local-dir:OUT_DIR", pretrained=True) loads it.
+    """
+    symmetrization = {"group": group, "how": how}
+    _export(words, as_json, checkpoint=checkpoint, run=run, license=license, symmetrization=symmetrization)
+
+
+def _export(words: list[str], as_json: bool, **options: Any) -> None:
+    """Exports the model that the words of a command name, and prints the result."""
     from flopeq.hub.export import export_model
 
     paths = [word for word in words if "=" not in word]
     args = parse_model_args(["-", *(word for word in words if "=" in word)])[1]
-    if len(paths) != 2 and not (run and len(paths) == 1):
+    if len(paths) != 2 and not (options["run"] and len(paths) == 1):
         raise ValueError("give MODEL OUT_DIR, or --run FOLDER OUT_DIR")
     name = paths[0] if len(paths) == 2 else None
-    result = export_model(name, Path(paths[-1]), checkpoint=checkpoint, run=run, license=license, **args)
-    print_rows([asdict(result)], as_json)
+    print_rows([asdict(export_model(name, Path(paths[-1]), **options, **args))], as_json)
 
 
 @app.command(epilog=format_examples("convert checkpoint.pth flop_deit3_huge_patch14_224 weights.safetensors"))

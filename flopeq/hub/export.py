@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from flopeq.measure.flops import complexity
 from flopeq.models.build import build
 from flopeq.models.variants import baseline_name
 from flopeq.registry import describe
-from flopeq.testing import equivariance_error
+from flopeq.square import FLOP, Symmetry
+from flopeq.symmetrization.wrapper import Symmetrized, symmetrize
+from flopeq.testing import relative_error
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def export_model(
     checkpoint: Path | None = None,
     run: Path | None = None,
     license: str = "apache-2.0",
+    symmetrization: Mapping[str, Any] | None = None,
     **args: Any,
 ) -> ExportResult:
     """Writes a model to a folder in timm's hub layout: model.safetensors, config.json and the model card, README.md.
@@ -63,6 +67,7 @@ def export_model(
     file of weights, from safetensors or torch. With `run` it selects another file in the run's folder, such as the
     averaged weights. Without `run` and `checkpoint` the weights are random. Arguments that the checkpoint determines
     can be omitted: those that `flopeq convert` stored, the number of classes, and the channels and size of patches.
+    `symmetrization` has the arguments `group` and `how` of `flopeq.symmetrize`, to export the symmetrized model.
     Raises: ValueError if model, arguments and weights do not fit each other.
     """
     trained = None if run is None else load_trained_run(run)
@@ -82,6 +87,9 @@ def export_model(
     model = build(name, **args).eval()
     if checkpoint:
         _load(model, name, checkpoint)
+    if symmetrization:
+        model = _symmetrize(model, symmetrization)
+        trained = trained and _with_symmetrization(trained, symmetrization)
     data = None
     if trained:
         config = trained.config["data"]
@@ -95,13 +103,16 @@ def export_model(
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error}") from error
     size = tuple(json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["input_size"])
-    counted = complexity(build(name, device="meta", **args), size)
-    error = measure_equivariance_error(model, size)
+    plain = build(name, device="meta", **args)
+    counted = complexity(symmetrize(plain, **symmetrization) if symmetrization else plain, size)
+    error = measure_equivariance_error(model, size, model.group if isinstance(model, Symmetrized) else (FLOP,))
     metrics = {
         "complexity/params_m": counted.params / 1e6,
         "complexity/gflops": counted.flops / 1e9,
         "complexity/gmacs": counted.macs / 1e9,
-        "complexity/flop_ratio": _flop_ratio(name, args, size, counted.flops),
+        "complexity/flop_ratio": complexity(plain, size).flops / counted.flops
+        if symmetrization
+        else _flop_ratio(name, args, size, counted.flops),
         "equivariance/float64_error": error,
     }
     weights = f"those of `{checkpoint.name}`" if checkpoint else "random, untrained"
@@ -117,11 +128,28 @@ def _drop_repeated_num_classes(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def measure_equivariance_error(model: nn.Module, size: tuple[int, int, int]) -> float:
-    """The relative equivariance error of the logits in float64, the maximum over two random images."""
+@torch.no_grad()
+def measure_equivariance_error(
+    model: nn.Module, size: tuple[int, int, int], symmetries: Iterable[Symmetry] = (FLOP,)
+) -> float:
+    """The relative equivariance error of the logits in float64, the maximum over symmetries and two random images."""
     generator = torch.Generator().manual_seed(0)
     images_BCHW = torch.randn(2, *size, generator=generator, dtype=torch.float64)
-    return equivariance_error(copy.deepcopy(model).cpu().double().eval(), images_BCHW)
+    model = copy.deepcopy(model).cpu().double().eval()
+    logits = model(images_BCHW)
+    return max(relative_error(model(g(images_BCHW)), logits) for g in symmetries)
+
+
+def _symmetrize(model: nn.Module, symmetrization: Mapping[str, Any]) -> Symmetrized:
+    if symmetrization["how"] == "weighted":
+        raise ValueError("how='weighted' has weights that have to be trained: train flopeq.symmetrize(...) first")
+    return symmetrize(model, **symmetrization)
+
+
+def _with_symmetrization(trained: TrainedRun, symmetrization: Mapping[str, Any]) -> TrainedRun:
+    """The run without its accuracies, which are those of the model that is not symmetrized."""
+    config = {**trained.config, "symmetrize": {"weights_of": trained.config["run"], **symmetrization}}
+    return replace(trained, config=config, metrics={})
 
 
 def _flop_ratio(name: str, args: dict[str, Any], size: tuple[int, int, int], flops: int) -> float | None:

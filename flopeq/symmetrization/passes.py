@@ -27,7 +27,8 @@ def run_passes(
 ) -> list[tuple[Tensor, ...]]:
     """The outputs of `compute` on each view, one tuple for each output: in one batch, or one view after the other."""
     if batched and len(views) > 1:
-        return [output.chunk(len(views)) for output in compute(torch.cat(list(views)))]
+        outputs = compute(torch.cat(list(views)))
+        return [output.unflatten(0, (len(views), views[0].shape[0])).unbind() for output in outputs]
     return list(zip(*(compute(view) for view in views), strict=True))
 
 

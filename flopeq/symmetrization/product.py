@@ -69,7 +69,7 @@ class SymmetrizedProduct(nn.Module):
         check_shape(x_BCHW, (*first, *second))
         views = [g(canonical(x_BCHW, second, first)) for g in first]
         views += [g(canonical(x_BCHW, first, second)) for g in second]
-        outputs = self.model(torch.cat(views)).chunk(len(views))
+        outputs = self.model(torch.cat(views)).unflatten(0, (len(views), x_BCHW.shape[0])).unbind()
         return average(
             [
                 self._average(first, second, outputs[: len(first)]),
@@ -105,5 +105,5 @@ def canonical(images_BCHW: Tensor, group: Elements, commuting: Elements) -> Tens
     views = torch.stack([g(images_BCHW) for g in group])
     reference = reference_image(*images_BCHW.shape[-2:], like=images_BCHW)
     reference = average([g(reference) for g in commuting])
-    index = torch.stack([fit(view, reference) for view in views]).argmax(0)
-    return views[index, torch.arange(len(images_BCHW), device=index.device)]
+    index = torch.stack([fit(view, reference) for view in views]).max(0).indices
+    return views[index, torch.arange(images_BCHW.shape[0], device=index.device)]

@@ -62,7 +62,7 @@ def confidence(logits: Tensor) -> Tensor:
         raise ValueError(
             f"how='choose' compares the probabilities of classes, and outputs of shape {tuple(logits.shape)} have none"
         )
-    return logits.softmax(1).amax(1).reshape(len(logits), -1).mean(1)
+    return logits.softmax(1).amax(1).reshape(logits.shape[0], -1).mean(1)
 
 
 def reference_image(height: int, width: int, like: Tensor) -> Tensor:
@@ -72,8 +72,10 @@ def reference_image(height: int, width: int, like: Tensor) -> Tensor:
 
     Shape: (H, W), with the dtype and the device of `like`.
     """
-    v = torch.linspace(-1, 1, height, dtype=like.dtype, device=like.device)
-    u = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)
+    v, u = (
+        torch.arange(1 - size, size, 2, dtype=like.dtype, device=like.device) / max(size - 1, 1)
+        for size in (height, width)
+    )
     return torch.sin(3 * u + 2 * v.unsqueeze(-1) + 1)
 
 

@@ -106,7 +106,8 @@ class MultiView(nn.Module):
         elements = list(itertools.product(*self.groups))
         if self.batched:
             views = [torch.cat([gs[i](x) for gs in elements]) for i, x in enumerate(images)]
-            outputs = [y.chunk(len(elements)) for y in self._plain_outputs(views)]
+            shape = (len(elements), images[0].shape[0])
+            outputs = [y.unflatten(0, shape).unbind() for y in self._plain_outputs(views)]
         else:
             passes = [self._plain_outputs([g(x) for g, x in zip(gs, images, strict=True)]) for gs in elements]
             outputs = list(zip(*passes, strict=True))

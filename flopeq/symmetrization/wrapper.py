@@ -151,10 +151,10 @@ class Symmetrized(TimmModel):
         check_shape(x, self.group)
         views = [g(x) for g in self.group]
         if self.how == "canonical":
-            index = self._fits(views).argmax(0)
-            outputs, _ = compute(torch.stack(views)[index, torch.arange(len(x), device=x.device)])
+            index = self._fits(views).max(0).indices
+            outputs, _ = compute(torch.stack(views)[index, torch.arange(x.shape[0], device=x.device)])
             passes = [[output] * len(self.group) for output in outputs]
-            weights_GB = F.one_hot(index, len(self.group)).T
+            weights_GB = F.one_hot(index, len(self.group)).transpose(0, 1)
         else:
             passes, weights_GB = self._run(compute, views)
         mapped = [map_back(action_of(position), self.group, ys) for position, ys in enumerate(passes)]

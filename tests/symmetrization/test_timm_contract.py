@@ -8,6 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
@@ -117,7 +118,7 @@ def test_intermediates_take_timms_arguments() -> None:
 def test_features_only_networks_of_timm_are_equivariant() -> None:
     f, x = flopeq.symmetrize(tiny("vit"), "flop"), random_images()
     _, blocks = f.forward_intermediates(x)
-    extractor = timm.models.FeatureGetterNet(f, out_indices=(0, 1))
+    extractor = FeatureGetterNet(f, out_indices=(0, 1))
     for found, block in zip(extractor(x), blocks, strict=True):
         assert_close(found, block)
 
