@@ -13,7 +13,6 @@ Legend: B batch, N images, G turns, P combinations of turns, C channels, K class
 
 from __future__ import annotations
 
-from itertools import product
 from typing import Literal
 
 import torch
@@ -42,6 +41,19 @@ class Head(nn.Module):
 
     def forward(self, features_NC: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(self.norm(features_NC).flatten(-2))))
+
+    def average_over_turns(self, features_BNGC: Tensor) -> Tensor:
+        """The mean of the logits over all combinations of turns, (B, K).
+
+        Both linear layers are outside the sum over combinations: the first adds up what it makes of each image, and the
+        last commutes with the mean.
+        """
+        weight_NCH = self.fc1.weight.T.unflatten(0, (self.num_images, -1))
+        parts_NBGH = torch.einsum("bngc,nch->nbgh", self.norm(features_BNGC), weight_NCH)
+        hidden_BPH = parts_NBGH[0]
+        for part_BGH in parts_NBGH[1:]:
+            hidden_BPH = (hidden_BPH[:, :, None] + part_BGH[:, None]).flatten(1, 2)
+        return self.fc2(self.act(hidden_BPH + self.fc1.bias).mean(1))
 
 
 class _OnList(nn.Module):
@@ -74,8 +86,7 @@ def fuse(head: Head, features_BNGC: Tensor, design: Design) -> Tensor:
         return head(features_BNGC[:, :, 0])
     if design == "efficient":
         return head(features_BNGC.mean(2))
-    turns_PN = torch.tensor(list(product(range(len(GROUP)), repeat=head.num_images)))
-    return head(features_BNGC[:, torch.arange(head.num_images), turns_PN]).mean(1)
+    return head.average_over_turns(features_BNGC)
 
 
 class SharedFullProduct(nn.Module):

@@ -54,6 +54,10 @@ def test_the_package_has_its_names():
     assert isinstance(flopeq.table1()[0], flopeq.Table1Row)
     assert flopeq.keep_freed_memory() in (True, False)
     assert flopeq.vit.FlopVisionTransformer and flopeq.resmlp and flopeq.convnext
+    assert isinstance(flopeq.symmetrize(small_vit(), "flop", "average", "invariant", True), flopeq.Symmetrized)
+    assert isinstance(flopeq.symmetrize_product(small_vit(), ("flop", "flip")), torch.nn.Module)
+    assert flopeq.MultiView([small_vit()] * 2, ["c4", "flop"], fuse=sum).groups
+    assert timm.is_model("symmetrized")
     with pytest.raises(ValueError):
         flopeq.convert_authors_state_dict({}, "flop_deit3_small_patch16_224")
 

@@ -74,6 +74,11 @@ def export_model(
     if run and trained:
         if name not in (None, trained.config["model"]):
             raise ValueError(f"{run} is a run of {trained.config['model']}, not of {name}")
+        if described := trained.config.get("symmetrize"):
+            source, group, how = run.parent / described["weights_of"], described["group"], described["how"]
+            raise ValueError(
+                f"{run} has no weights of its own: use `flopeq symmetrize --run {source} --group '{group}' --how {how}`"
+            )
         name, args = trained.config["model"], trained.config["args"] | args
         checkpoint = checkpoint or run / "weights.safetensors"
         if checkpoint.resolve().parent != run.resolve():

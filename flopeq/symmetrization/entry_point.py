@@ -40,7 +40,7 @@ def symmetrized(
             }
             other_weights = weights
         del pretrained_cfg["source"]
-    network = timm.create_model(model, pretrained, pretrained_cfg, **kwargs)
+    network: Any = timm.create_model(model, pretrained, pretrained_cfg, **kwargs)
     network.pretrained_cfg.pop("state_dict", None)  # the network has these weights now
     result = Symmetrized(network, group, how, batched=batched)
     if other_weights:

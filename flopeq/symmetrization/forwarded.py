@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 PREFIX = "model."
@@ -81,16 +80,13 @@ class TimmModel(nn.Module):
         """Removes what the selected intermediate features do not need, as the network's own method does."""
         return self.timm_model.prune_intermediate_layers(*args, **kwargs)
 
-    @torch.jit.ignore  # pyright: ignore[reportUntypedFunctionDecorator]
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.timm_model.set_grad_checkpointing(enable)
 
-    @torch.jit.ignore  # pyright: ignore[reportUntypedFunctionDecorator]
     def no_weight_decay(self) -> set[str]:
         skipped = self.timm_model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
         return {PREFIX + name for name in skipped}
 
-    @torch.jit.ignore  # pyright: ignore[reportUntypedFunctionDecorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The network's groups of parameters, for learning rates by layer."""
         return {name: _prefixed_pattern(spec) for name, spec in self.timm_model.group_matcher(coarse=coarse).items()}

@@ -182,7 +182,7 @@ def test_argument_values_are_literals_or_strings(rows):
     assert counted["params"] == sum(parameter.numel() for parameter in model.parameters())
 
 
-COMMANDS = ("list", "complexity", "throughput", "profile", "equivariance", "export", "convert")
+COMMANDS = ("list", "complexity", "throughput", "profile", "equivariance", "export", "symmetrize", "convert")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -13,6 +13,7 @@ import pytest
 
 from flopeq.measure.throughput import ProgressCallback
 from pipeline.base import config
+from pipeline.base.yaml_files import dump_yaml, read_yaml
 from stages import complexity, repro, throughput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,24 @@ def test_runs_that_are_not_trained_are_counted_without_a_warning(project, caplog
     counted = json.loads(Path("reports/complexity.json").read_text())
     assert [entry["run"] for entry in counted] == list(config.load_experiment().models)
     assert not caplog.records
+
+
+def test_a_symmetrized_run_needs_the_training_of_its_weights_only(project, monkeypatch):
+    params = read_yaml(Path("params.yaml")) | {"symmetrized": {"vit-sym": {"weights_of": "vit", "group": "flop"}}}
+    Path("params.yaml").unlink()
+    Path("params.yaml").write_text(dump_yaml(params))
+    started = []
+    monkeypatch.setattr(repro.subprocess, "run", lambda *_: subprocess.CompletedProcess([], 1))  # it is out of date
+    monkeypatch.setattr(repro, "_run_pipeline", lambda _, names, targets: started.append((names, targets)))
+    for module, name in (
+        (repro.check, "run"),
+        (repro, "check_git"),
+        (repro, "_run_dvc"),
+        (repro.report, "print_report"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    repro.run("--runs", "vit-sym", "vit")
+    assert started == [(["vit"], ["symmetrize@vit-sym", "evaluate@vit"])]
 
 
 @pytest.mark.parametrize(("compile", "action"), [(True, "compiling and warming up"), (False, "warming up")])

@@ -13,6 +13,7 @@ from torch import nn
 
 import flopeq
 from flopeq.cli.app import main
+from flopeq.hub.export import export_model
 from flopeq.measure.flops import complexity
 from flopeq.models.build import build
 from tests.symmetrization.networks import KINDS, add_noise, random_images, tiny
@@ -115,3 +116,14 @@ def test_errors_are_one_line(words, message, tmp_path, capsys) -> None:
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_symmetrized_run_names_the_command_that_exports_it(run, tmp_path) -> None:
+    trained, _ = run
+    folder = trained.parent / "vit-sym"
+    folder.mkdir()
+    described = json.loads((trained / "config.yaml").read_text())
+    described["symmetrize"] = {"weights_of": "vit", "group": "flop", "how": "choose"}
+    (folder / "config.yaml").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=f"use `flopeq symmetrize --run {trained} --group 'flop' --how choose`"):
+        export_model(None, tmp_path / "out", run=folder)
