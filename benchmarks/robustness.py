@@ -161,7 +161,8 @@ def _summarize(runs: Sequence[tuple[str, str]], saved: SavedPredictions, labels_
                     family,
                     network,
                     kind,
-                    *hits_SN.shape,
+                    len(hits_SN),
+                    hits_SN.shape[1],
                     100 * float(hits_SN.mean()),
                     *interval,
                     *difference_pct(hits_SN, None if network == "X" else hits["X"]),
@@ -181,4 +182,4 @@ def difference_pct(
     if baseline_SN is None:
         return None, None, None
     interval = statistics.paired_difference(hits_SN, baseline_SN).scaled(100)
-    return 100 * float(hits_SN.mean() - baseline_SN.mean()), *interval
+    return 100 * float(hits_SN.mean() - baseline_SN.mean()), interval.low, interval.high

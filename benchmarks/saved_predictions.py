@@ -42,4 +42,5 @@ class SavedPredictions:
         self._arrays |= arrays
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **{_SETTINGS: np.array(self._settings)}, **self._arrays)
+            content: dict[str, Any] = {_SETTINGS: np.array(self._settings), **self._arrays}
+            np.savez_compressed(file, **content)

@@ -94,7 +94,9 @@ def measure_accuracy(outputs: Path, data: Path, out: Path, settings: Settings) -
     labels_val, labels_train = (_labels(outputs / encoders[0], data, split, settings) for split in ("val", "train"))
     number, total = 0, len(encoders) * len(NUM_IMAGES) * len(DESIGNS)
     for seed, name in enumerate(encoders):
-        units = [(n, design) for n in NUM_IMAGES for design in DESIGNS if _key(name, n, design) not in saved]
+        units: list[tuple[int, Design]] = [
+            (n, design) for n in NUM_IMAGES for design in DESIGNS if _key(name, n, design) not in saved
+        ]
         number += len(NUM_IMAGES) * len(DESIGNS) - len(units)
         if not units:
             continue
@@ -258,7 +260,8 @@ def _summarize(encoders: Sequence[str], saved: SavedPredictions, labels_N: Tenso
             yield Row(
                 num_images,
                 design,
-                *hits[design].shape,
+                len(hits[design]),
+                hits[design].shape[1],
                 100 * float(hits[design].mean()),
                 *statistics.bootstrap_interval(hits[design]).scaled(100),
                 *difference_pct(hits[design], None if design == "plain" else hits["plain"]),

@@ -19,7 +19,7 @@ from flopeq.models.build import build
 from pipeline.base.yaml_files import dump_yaml
 from tests.packing import layouts
 
-ARGS = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 1, "num_heads": 2}
+ARGS: dict[str, Any] = {"img_size": 28, "patch_size": 14, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
