@@ -101,7 +101,7 @@ class GridTokens:
                 found.append(same)
             else:
                 trace = SQRT_HALF * (same[:, 0, :, 0] + same[:, 1, :, 1])
-                found.extend(trace.chunk(irrep.dim, -1))
+                found.append(trace.unflatten(-1, (irrep.dim, -1)).movedim(2, 1).flatten(1, 2))
         return torch.cat(found, 1)
 
 
