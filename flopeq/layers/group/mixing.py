@@ -63,7 +63,9 @@ class GroupGridAffine(nn.Module):
 
 
 class GroupGridLinear(nn.Module):
-    """Block diagonal linear map over channels with a bias on each pair of equal irreps. It generalizes `BiparityLinear`.
+    """Block diagonal linear map over channels, with a bias on each pair of equal irreps.
+
+    It generalizes `BiparityLinear`.
 
     Shape: parts of (B, N, in_features), tokens in places -> parts of (B, N, out_features).
     Cost: that of `GroupLinear`.
