@@ -83,7 +83,7 @@ def test_tokens_in_irreps_are_acted_on_by_their_matrices(group: Group, grid: tup
     x = features(2, tokens.num_tokens, 3)
     parts = tokens.to_irreps(to_places(x))
     torch.testing.assert_close(back(tokens.from_irreps(parts)), x)
-    assert sum(part.square().sum() for part in parts).item() == pytest.approx(x.square().sum().item())
+    assert sum(part.square().sum().item() for part in parts) == pytest.approx(x.square().sum().item())
     for g in group.elements:
         moved = tokens.to_irreps(to_places(g(x.mT.unflatten(-1, grid)).flatten(2).mT))
         for irrep, part, found in zip(group.irreps, parts, moved, strict=True):
