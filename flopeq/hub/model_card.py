@@ -150,7 +150,8 @@ def _description(name: str, args: Mapping[str, Any]) -> str:
     if "symmetry" in args:
         text = (
             f"A {kind} whose blocks commute with groups of symmetries of the square, {args['symmetry']!r} from the "
-            "first block to the last. Its logits are invariant under the last block's group."
+            "first block to the last. Its logits are invariant under the last block's group, but not after ordinary "
+            "blocks (x, or blocks that are not named)."
         )
     if args.get("octic_vits") == "invariant":
         text = (
