@@ -156,7 +156,12 @@ def export(
     print_rows([asdict(result)], as_json)
 
 
-@app.command(epilog=format_examples("convert checkpoint.pth flop_deit3_huge_patch14_224 weights.safetensors"))
+@app.command(
+    epilog=format_examples(
+        "convert checkpoint.pth flop_deit3_huge_patch14_224 weights.safetensors",
+        "convert hybrid.pth octichybrid_deit3_huge_patch14_224 weights.safetensors",
+    )
+)
 def convert(
     source: Annotated[Path, typer.Argument(metavar="IN.pth", help="A checkpoint of the paper's authors.")],
     model: Annotated[
@@ -165,7 +170,10 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
     as_json: Json = False,
 ) -> None:
-    """Convert a checkpoint from the authors' repository to one that flopeq's model loads."""
+    """Convert a checkpoint from the authors' repository to one that flopeq's model loads.
+
+    DeiT III checkpoints of their octic-vits convert to octichybrid_* models.
+    """
     from flopeq.hub.convert import convert_checkpoint
 
     tensors = convert_checkpoint(source, model, target)

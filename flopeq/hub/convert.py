@@ -1,6 +1,7 @@
 """Converts checkpoints of the paper's authors (github.com/georg-bn/flopping-for-flops) to those of flopeq's models.
 
-The authors' `sym` is even here, and `asym` is odd. The converted weights define the same function.
+The authors' `sym` is even here, and `asym` is odd. The converted weights define the same function. The checkpoints of
+their later octic-vits are converted by `flopeq.hub.convert_octic`.
 """
 
 from __future__ import annotations
@@ -19,73 +20,32 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flopeq.groups import C2XC2, D4, Group
-from flopeq.layers.group.orbits import size_of_fields
+from flopeq.hub.convert_octic import convert_octic_vit, is_octic
+from flopeq.hub.group_args import infer_group_args
+from flopeq.hub.tensor_source import Tensors, TensorSource, convert_linear, convert_vit_block
 from flopeq.models.build import build, did_you_mean
-from flopeq.registry import MODELS, describe
+from flopeq.registry import GROUP_VARIANTS, MODELS, describe
 
 __all__ = ["convert_authors_state_dict", "convert_checkpoint", "load_authors_checkpoint", "infer_args"]
 
-Tensors = dict[str, Tensor]
+
+def _take_scale(source: TensorSource, name: str) -> Tensor:
+    """Takes the scales of even and odd channels as one tensor, (C,)."""
+    return torch.cat((source.take(f"{name}.alpha_sym"), source.take(f"{name}.alpha_asym")))
 
 
-class _TensorSource:
-    """The authors' tensors. The conversion takes each tensor once; tensors that remain are unknown."""
-
-    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
-        self.left = {_strip_wrappers(name): tensor for name, tensor in state_dict.items()}
-        blocks = [name.split(".")[1] for name in self.left if name.startswith("blocks.")]
-        self.depth = 1 + max((int(index) for index in blocks if index.isdecimal()), default=-1)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.left
-
-    def take(self, name: str) -> Tensor:
-        """Removes and returns the tensor with this name in the authors' code."""
-        if name not in self.left:
-            raise ValueError(f"the checkpoint lacks {name!r}: it is truncated, or not one of the authors'")
-        return self.left.pop(name)
-
-    def take_scale(self, name: str) -> Tensor:
-        """Takes the scales of even and odd channels as one tensor, (C,)."""
-        return torch.cat((self.take(f"{name}.alpha_sym"), self.take(f"{name}.alpha_asym")))
-
-    def drop_zeros(self, name: str) -> None:
-        """Drops a tensor that the authors keep at zero and that flopeq's model does not have."""
-        if self.take(name).any():
-            raise ValueError(f"{name!r} is frozen at zero in the authors' code, but not in this checkpoint")
-
-    def check_empty(self) -> None:
-        """Raises ValueError if tensors remain."""
-        if self.left:
-            some = ", ".join(sorted(self.left)[:5]) + (", ..." if len(self.left) > 5 else "")
-            raise ValueError(f"{len(self.left)} tensors of the checkpoint have no place in the model: {some}")
-
-
-def _strip_wrappers(name: str) -> str:
-    """A tensor's name without the prefixes of torch.compile and DistributedDataParallel."""
-    while name.startswith(("_orig_mod.", "module.")):
-        name = name.partition(".")[2]
-    return name
-
-
-def _convert_linear(source: _TensorSource, old: str, new: str) -> Tensors:
-    """Converts weight and bias of an ordinary layer."""
-    return {f"{new}.{part}": source.take(f"{old}.{part}") for part in ("weight", "bias")}
-
-
-def _convert_pointwise(source: _TensorSource, old: str, new: str) -> Tensors:
+def _convert_pointwise(source: TensorSource, old: str, new: str) -> Tensors:
     """Converts a linear layer over channels, which may be a convolution of kernel size 1 in the authors' code."""
-    layer = _convert_linear(source, old, new)
+    layer = convert_linear(source, old, new)
     return {name: tensor.flatten(1) if tensor.ndim > 1 else tensor for name, tensor in layer.items()}
 
 
-def _convert_affine(source: _TensorSource, old: str, new: str) -> Tensors:
+def _convert_affine(source: TensorSource, old: str, new: str) -> Tensors:
     """Converts the scale and shift of X's ResMLP and of the head of E(ResMLP)."""
     return {f"{new}.{part}": source.take(f"{old}.{part}").reshape(1, 1, -1) for part in ("alpha", "beta")}
 
 
-def _convert_patches(source: _TensorSource, old: str, new: str) -> Tensors:
+def _convert_patches(source: TensorSource, old: str, new: str) -> Tensors:
     """Converts symmetric and antisymmetric patch kernels. Both codes store the left half."""
     return {
         f"{new}.even": source.take(f"{old}.proj_sym.weight"),
@@ -94,7 +54,7 @@ def _convert_patches(source: _TensorSource, old: str, new: str) -> Tensors:
     }
 
 
-def _flop_linear(source: _TensorSource, old: str, new: str) -> Tensors:
+def _flop_linear(source: TensorSource, old: str, new: str) -> Tensors:
     """Converts a block diagonal linear layer with a bias on the even half."""
     return {
         f"{new}.even.weight": source.take(f"{old}.linear_sym.weight").flatten(1),
@@ -103,8 +63,8 @@ def _flop_linear(source: _TensorSource, old: str, new: str) -> Tensors:
     }
 
 
-def _flop_norm(source: _TensorSource, old: str, new: str) -> Tensors:
-    weight, bias = source.take_scale(f"{old}.scaling"), source.take(f"{old}.scaling.beta")
+def _flop_norm(source: TensorSource, old: str, new: str) -> Tensors:
+    weight, bias = _take_scale(source, f"{old}.scaling"), source.take(f"{old}.scaling.beta")
     return {f"{new}.weight": weight, f"{new}.bias": bias}
 
 
@@ -123,9 +83,9 @@ def _infer_grid(order: Tensor) -> tuple[int, int]:
     raise ValueError("the checkpoint's order of tokens is not a grid's left half and then its mirrored right half")
 
 
-def _vit(source: _TensorSource) -> Tensors:
+def _vit(source: TensorSource) -> Tensors:
     if "cls_token" in source:
-        stem = _convert_linear(source, "patch_embed.proj", "patch_embed.proj")
+        stem = convert_linear(source, "patch_embed.proj", "patch_embed.proj")
         stem |= {name: source.take(name) for name in ("cls_token", "pos_embed")}
     else:
         height, _ = _infer_grid(source.take("patch_embed.flatten_and_permute.permutation"))
@@ -138,20 +98,13 @@ def _vit(source: _TensorSource) -> Tensors:
     blocks: Tensors = {}
     for index in range(source.depth):
         name = f"blocks.{index}"
-        blocks |= (_flop_vit_block if f"{name}.norm1.scaling.beta" in source else _vit_block)(source, name)
-    norm = _flop_norm if "norm.scaling.beta" in source else _convert_linear
+        blocks |= (_flop_vit_block if f"{name}.norm1.scaling.beta" in source else convert_vit_block)(source, name)
+    norm = _flop_norm if "norm.scaling.beta" in source else convert_linear
     return stem | blocks | norm(source, "norm", "norm")
 
 
-def _vit_block(source: _TensorSource, name: str) -> Tensors:
-    block = {f"{name}.ls{index}.gamma": source.take(f"{name}.gamma_{index}") for index in (1, 2)}
-    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-        block |= _convert_linear(source, f"{name}.{layer}", f"{name}.{layer}")
-    return block
-
-
-def _flop_vit_block(source: _TensorSource, name: str) -> Tensors:
-    block = {f"{name}.ls{index}.gamma": source.take_scale(f"{name}.gamma_{index}") for index in (1, 2)}
+def _flop_vit_block(source: TensorSource, name: str) -> Tensors:
+    block = {f"{name}.ls{index}.gamma": _take_scale(source, f"{name}.gamma_{index}") for index in (1, 2)}
     for layer in ("norm1", "norm2"):
         block |= _flop_norm(source, f"{name}.{layer}", f"{name}.{layer}")
     for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"):
@@ -165,56 +118,56 @@ def _flop_vit_block(source: _TensorSource, name: str) -> Tensors:
     return block
 
 
-def _resmlp(source: _TensorSource) -> Tensors:
+def _resmlp(source: TensorSource) -> Tensors:
     if "patch_embed.proj_sym.weight" in source:
         table = "patch_embed.flatten_and_permute_to_fourier"
         _infer_grid(torch.cat((source.take(f"{table}.left_idx"), source.take(f"{table}.right_idx"))))
         stem, block, norm = _convert_patches(source, "patch_embed", "stem.proj"), _flop_resmlp_block, "fc_norm"
     else:
-        stem, block, norm = _convert_linear(source, "patch_embed.proj", "stem.proj"), _resmlp_block, "norm"
+        stem, block, norm = convert_linear(source, "patch_embed.proj", "stem.proj"), _resmlp_block, "norm"
     blocks: Tensors = {}
     for index in range(source.depth):
         blocks |= block(source, f"blocks.{index}")
     return stem | blocks | _convert_affine(source, "norm", norm)
 
 
-def _resmlp_block(source: _TensorSource, name: str) -> Tensors:
+def _resmlp_block(source: TensorSource, name: str) -> Tensors:
     block = {f"{name}.ls{index}": source.take(f"{name}.gamma_{index}") for index in (1, 2)}
     for layer in ("norm1", "norm2"):
         block |= _convert_affine(source, f"{name}.{layer}", f"{name}.{layer}")
     for old, new in RESMLP_LINEAR.items():
-        block |= _convert_linear(source, f"{name}.{old}", f"{name}.{new}")
+        block |= convert_linear(source, f"{name}.{old}", f"{name}.{new}")
     return block
 
 
-def _flop_resmlp_block(source: _TensorSource, name: str) -> Tensors:
-    block = {f"{name}.ls{index}": source.take_scale(f"{name}.gamma_{index}") for index in (1, 2)}
+def _flop_resmlp_block(source: TensorSource, name: str) -> Tensors:
+    block = {f"{name}.ls{index}": _take_scale(source, f"{name}.gamma_{index}") for index in (1, 2)}
     for layer in (f"{name}.norm1", f"{name}.norm2"):
         # The authors' forward never applies the shifts, so zero gives the same function.
         unused = [source.take(f"{layer}.{shift}") for shift in ("beta_sym", "beta_asym")]
-        block[f"{layer}.alpha"] = source.take_scale(layer).reshape(1, 1, -1)
+        block[f"{layer}.alpha"] = _take_scale(source, layer).reshape(1, 1, -1)
         block[f"{layer}.beta"] = torch.zeros_like(torch.cat(unused)).reshape(1, 1, -1)
     for old, new in RESMLP_LINEAR.items():
-        block |= _convert_linear(source, f"{name}.{old}.lin_sym", f"{name}.{new}.even")
-        block |= _convert_linear(source, f"{name}.{old}.lin_asym", f"{name}.{new}.odd")
+        block |= convert_linear(source, f"{name}.{old}.lin_sym", f"{name}.{new}.even")
+        block |= convert_linear(source, f"{name}.{old}.lin_asym", f"{name}.{new}.odd")
     return block
 
 
 RESMLP_LINEAR = {"attn": "linear_tokens", "mlp.fc1": "mlp_channels.fc1", "mlp.fc2": "mlp_channels.fc2"}
 
 
-def _convnext_iso(source: _TensorSource) -> Tensors:
+def _convnext_iso(source: TensorSource) -> Tensors:
     is_flop = "stem.proj_sym.weight" in source
-    tensors = (_convert_patches if is_flop else _convert_linear)(source, "stem", "stem")
+    tensors = (_convert_patches if is_flop else convert_linear)(source, "stem", "stem")
     block = _flop_convnext_block if is_flop else _convnext_block
     for index in range(source.depth):
         tensors |= block(source, f"blocks.{index}")
-    return tensors | _convert_linear(source, "norm", "norm")
+    return tensors | convert_linear(source, "norm", "norm")
 
 
-def _convnext_block(source: _TensorSource, name: str) -> Tensors:
-    block = _convert_linear(source, f"{name}.dwconv", f"{name}.conv_dw")
-    block |= _convert_linear(source, f"{name}.norm", f"{name}.norm")
+def _convnext_block(source: TensorSource, name: str) -> Tensors:
+    block = convert_linear(source, f"{name}.dwconv", f"{name}.conv_dw")
+    block |= convert_linear(source, f"{name}.norm", f"{name}.norm")
     for index in (1, 2):
         block |= _convert_pointwise(source, f"{name}.pwconv{index}", f"{name}.mlp.fc{index}")
     if f"{name}.gamma" in source:
@@ -222,7 +175,7 @@ def _convnext_block(source: _TensorSource, name: str) -> Tensors:
     return block
 
 
-def _flop_convnext_block(source: _TensorSource, name: str) -> Tensors:
+def _flop_convnext_block(source: TensorSource, name: str) -> Tensors:
     old, new = f"{name}.dwconv", f"{name}.conv_dw"
     block = _flop_norm(source, f"{name}.norm", f"{name}.norm")
     for kind in ("sym_to_sym", "sym_to_asym", "asym_to_sym", "asym_to_asym"):
@@ -235,19 +188,21 @@ def _flop_convnext_block(source: _TensorSource, name: str) -> Tensors:
     for index in (1, 2):
         block |= _flop_linear(source, f"{name}.pwconv{index}", f"{name}.mlp.fc{index}")
     if f"{name}.gamma.alpha_sym" in source:
-        block[f"{name}.gamma"] = source.take_scale(f"{name}.gamma")
+        block[f"{name}.gamma"] = _take_scale(source, f"{name}.gamma")
     return block
 
 
-CONVERTERS: dict[str, Callable[[_TensorSource], Tensors]] = {
+CONVERTERS: dict[str, Callable[[TensorSource], Tensors]] = {
     "vit": _vit,
     "resmlp": _resmlp,
     "convnext_iso": _convnext_iso,
 }
 
 
-def _identify(source: _TensorSource) -> tuple[str, str]:
+def _identify(source: TensorSource) -> tuple[str, str]:
     """Family and variant of a checkpoint. Raises ValueError if it is not one of the authors' networks."""
+    if is_octic(source):
+        return "vit", "H-D4"
     roots = {name.partition(".")[0] for name in source.left}
     if "patch_embed" in roots:
         family = "vit" if "cls_token" in roots else "resmlp"
@@ -264,11 +219,12 @@ def _identify(source: _TensorSource) -> tuple[str, str]:
 def convert_authors_state_dict(state_dict: Mapping[str, Tensor], model_name: str) -> Tensors:
     """Converts the authors' state dict to that of flopeq's model, for `load_state_dict(strict=True)`.
 
-    `model_name` is a name in flopeq (X, `flop_<X>` or `flophybrid_<X>`) of the checkpoint's family and variant. Widths,
-    depths and image sizes are arbitrary. The authors have hybrids of the ViT only. Build the model with
-    head="even+abs_odd" if they used `use_symmetrized_asym_feats`, and a ConvNeXt with an `ls_init_value` if the
-    checkpoint has LayerScale. The authors' `d2_inv_early_*` ViTs compute another function with the same tensors as
-    their hybrids, so a state dict does not distinguish the two.
+    `model_name` is a name in flopeq (X, `flop_<X>`, `flophybrid_<X>` or `octichybrid_<X>`) of the checkpoint's family
+    and variant. Widths, depths and image sizes are arbitrary. The authors have hybrids of the ViT only. Build the model
+    with head="even+abs_odd" if they used `use_symmetrized_asym_feats`, a ConvNeXt with an `ls_init_value` if the
+    checkpoint has LayerScale, and an octic hybrid with `octic_vits` (see `flopeq.hub.convert_octic`). The authors'
+    `d2_inv_early_*` ViTs compute another function with the same tensors as their hybrids, so a state dict does not
+    distinguish the two.
 
     Raises: ValueError for a model outside the study, a model of another kind than the checkpoint, missing or unknown
     tensors, frozen zeros that are not zero, and an order of tokens that differs from the authors'.
@@ -276,7 +232,7 @@ def convert_authors_state_dict(state_dict: Mapping[str, Tensor], model_name: str
     info = describe(model_name)
     if info is None:
         raise ValueError(f"{model_name!r} is not a model of the study{did_you_mean(model_name, MODELS)}")
-    source = _TensorSource(state_dict)
+    source = TensorSource(state_dict)
     kind = _identify(source)
     if kind != (info.family, info.variant):
         fitting = next(other.model for other in MODELS.values() if (other.family, other.variant) == kind)
@@ -284,7 +240,8 @@ def convert_authors_state_dict(state_dict: Mapping[str, Tensor], model_name: str
             f"the checkpoint holds {kind[1]}({kind[0]}), but {model_name} is {info.variant}({info.family}): "
             f"use a name such as {fitting}"
         )
-    tensors = CONVERTERS[info.family](source) | _convert_linear(source, "head", "head")
+    convert = convert_octic_vit if is_octic(source) else CONVERTERS[info.family]
+    tensors = convert(source) | convert_linear(source, "head", "head")
     source.check_empty()
     return tensors
 
@@ -339,40 +296,28 @@ def convert_checkpoint(source: Path, model_name: str, target: Path) -> Tensors:
 
 
 def infer_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
-    """Infers arguments of `timm.create_model` from the tensors. Assumes square images for ResMLPs."""
+    """Infers arguments of `timm.create_model` from the tensors. Assumes square images for ResMLPs.
+
+    With groups beyond the flop, only the number of classes is inferred for ResMLPs and ConvNeXts.
+    """
     info = MODELS[model_name]
     num_classes, num_features = tensors["head.weight"].shape
     args: dict[str, Any] = {"num_classes": num_classes}
+    if info.variant in GROUP_VARIANTS:
+        args |= infer_group_args(tensors, model_name) if info.family == "vit" else {}
+        if info.family != "vit" or "img_size" in args:
+            return args
     stem = {"vit": "patch_embed.proj", "resmlp": "stem.proj", "convnext_iso": "stem"}[info.family]
-    group = next((group for group in (C2XC2, D4) if f"{stem}.{group.irreps[0].name}" in tensors), None)
-    if group is not None:
-        return args | _infer_group_args(tensors, group, stem)
-    kernel = tensors[f"{stem}.weight" if info.variant == "X" else f"{stem}.even"]
+    kernel = tensors[f"{stem}.even" if f"{stem}.even" in tensors else f"{stem}.weight"]
     if info.variant == "E" and num_features == 2 * len(kernel):
         args["head"] = "even+abs_odd"
     if info.family == "convnext_iso":
         return args | {"ls_init_value": 1e-6 if "blocks.0.gamma" in tensors else None}
     if "pos_embed.even" in tensors:
-        height, left_width = tensors["pos_embed.even"].shape[:2]
-        grid = (height, 2 * left_width)
+        even, odd = tensors["pos_embed.even"], tensors["pos_embed.odd"]
+        grid = (even.shape[0], even.shape[1] + odd.shape[1])
     else:
         over_tokens = re.compile(r"pos_embed$|blocks\.0\.linear_tokens\.(even\.|odd\.)?weight$")
         num_tokens = sum(tensor.shape[1] for name, tensor in tensors.items() if over_tokens.match(name))
         grid = 2 * (math.isqrt(num_tokens),)
     return args | {"img_size": [kernel.shape[-2] * side for side in grid]}
-
-
-def _infer_group_args(tensors: Tensors, group: Group, stem: str) -> dict[str, Any]:
-    """Image size and head of a network whose first block has a group beyond the flop's."""
-    kernels = [tensors[f"{stem}.{irrep.name}"] for irrep in group.irreps]
-    num_channels = sum(irrep.dim * len(kernel) for irrep, kernel in zip(group.irreps, kernels, strict=True))
-    args: dict[str, Any] = {}
-    if f"pos_embed.{group.irreps[0].name}" in tensors:
-        grid = size_of_fields(group, tuple(len(tensors[f"pos_embed.{irrep.name}"]) for irrep in group.irreps))
-        patch = size_of_fields(group, tuple(kernel.shape[-1] for kernel in kernels))
-        args["img_size"] = [side * patch_side for side, patch_side in zip(grid, patch, strict=True)]
-    num_features, num_trivial = tensors["head.weight"].shape[1], len(tensors["norm.bias"])
-    order = num_channels // num_trivial  # of the last block's group
-    if order > 1 and (num_features == num_trivial) != (order == 2):
-        args["head"] = "trivial" if num_features == num_trivial else "power"
-    return args

@@ -150,7 +150,14 @@ def _description(name: str, args: Mapping[str, Any]) -> str:
     if "symmetry" in args:
         text = (
             f"A {kind} whose blocks commute with groups of symmetries of the square, {args['symmetry']!r} from the "
-            "first block to the last. Its logits are invariant under the last block's group."
+            "first block to the last. Its logits are invariant under the last block's group, but not after ordinary "
+            "blocks (x, or blocks that are not named)."
+        )
+    if args.get("octic_vits") == "invariant":
+        text = (
+            f"An octic {kind}: its first blocks are equivariant to the eight symmetries of the square, and the "
+            "ordinary blocks after them see features that no symmetry changes. The logits of an image and of its "
+            "mirrored and turned copies are the same by construction."
         )
     given = ", ".join(f"{key}={value!r}" for key, value in args.items())
     return f"{text}\n\nModel `{name}`{f' with {given}' if given else ''}, registered in timm by the package flopeq."

@@ -28,6 +28,7 @@ from flopeq.layers.group.norm import GroupLayerNorm, GroupLayerScale
 from flopeq.layers.group.orbits import size_of_fields
 from flopeq.layers.group.parts import add_residual
 from flopeq.layers.halves import call_unless_identity
+from flopeq.models.octic_vits import OcticVits, check_octic_vits, make_octic_block
 from flopeq.models.symmetry import (
     GroupHead,
     RestrictsFirst,
@@ -131,6 +132,7 @@ class GroupVisionTransformer(GroupHead, VisionTransformer):
     Takes the arguments of timm's `VisionTransformer`, except for those of `flopeq.models.vit.REFUSED`, and:
         symmetry: the groups of the blocks, as `parse_symmetry` reads them.
         head: "trivial" or "power", see `GroupHead`.
+        octic_vits: "hybrid" or "invariant" for weights of octic-vits, see `flopeq.models.octic_vits`.
     Raises: ValueError for widths that do not split into the group's parts, for images that the group does not act on
     (D4 needs square ones), for attention pooling, and for the arguments of `REFUSED`.
     """
@@ -139,6 +141,7 @@ class GroupVisionTransformer(GroupHead, VisionTransformer):
         self,
         symmetry: str,
         head: str | None = None,
+        octic_vits: OcticVits | None = None,
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -156,6 +159,10 @@ class GroupVisionTransformer(GroupHead, VisionTransformer):
         refuse_arguments(kwargs, REFUSED)
         groups = parse_symmetry(symmetry, depth)
         first, last = groups[0], groups[-1]
+        block_fn = partial(_make_block, groups)
+        if octic_vits is not None:
+            check_octic_vits(octic_vits, groups)
+            block_fn = partial(make_octic_block, octic_vits, groups, block_fn)
         first.multiplicity(embed_dim, "embed_dim")
         if global_pool in ("map", "prr"):
             raise ValueError(f"global_pool={global_pool!r} is not equivariant: use 'token', 'avg', 'max' or 'avgmax'")
@@ -173,7 +180,7 @@ class GroupVisionTransformer(GroupHead, VisionTransformer):
             pos_embed=pos_embed,
             embed_layer=partial(GroupPatchEmbed, first, scale=SQRT_HALF),
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            block_fn=partial(_make_block, groups),  # pyright: ignore[reportArgumentType]
+            block_fn=block_fn,  # pyright: ignore[reportArgumentType]
             **dd,
             **{name: value for name, value in kwargs.items() if name not in REFUSED},
         )

@@ -37,8 +37,8 @@ def test_an_exported_folder_loads_with_timm_and_its_card_names_the_group(case: s
         ("d4 vit", "power", {}),
         ("d4 vit", "trivial", {"head": "trivial"}),
         ("c2xc2 vit", "trivial", {"head": "trivial"}),
-        ("graded vit", "trivial", {}),
-        ("graded vit", "power", {"head": "power"}),
+        ("graded vit", "trivial", {"symmetry": "d4:1,c2xc2:1,c2:1"}),
+        ("graded vit", "power", {"symmetry": "d4:1,c2xc2:1,c2:1", "head": "power"}),
         ("hybrid of d4 vit", None, {}),
     ],
 )
