@@ -19,6 +19,8 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flopeq.groups import C2XC2, D4, Group
+from flopeq.layers.group.orbits import size_of_fields
 from flopeq.models.build import build, did_you_mean
 from flopeq.registry import MODELS, describe
 
@@ -342,6 +344,9 @@ def infer_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
     num_classes, num_features = tensors["head.weight"].shape
     args: dict[str, Any] = {"num_classes": num_classes}
     stem = {"vit": "patch_embed.proj", "resmlp": "stem.proj", "convnext_iso": "stem"}[info.family]
+    group = next((group for group in (C2XC2, D4) if f"{stem}.{group.irreps[0].name}" in tensors), None)
+    if group is not None:
+        return args | _infer_group_args(tensors, group, stem)
     kernel = tensors[f"{stem}.weight" if info.variant == "X" else f"{stem}.even"]
     if info.variant == "E" and num_features == 2 * len(kernel):
         args["head"] = "even+abs_odd"
@@ -355,3 +360,19 @@ def infer_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
         num_tokens = sum(tensor.shape[1] for name, tensor in tensors.items() if over_tokens.match(name))
         grid = 2 * (math.isqrt(num_tokens),)
     return args | {"img_size": [kernel.shape[-2] * side for side in grid]}
+
+
+def _infer_group_args(tensors: Tensors, group: Group, stem: str) -> dict[str, Any]:
+    """Image size and head of a network whose first block has a group beyond the flop's."""
+    kernels = [tensors[f"{stem}.{irrep.name}"] for irrep in group.irreps]
+    num_channels = sum(irrep.dim * len(kernel) for irrep, kernel in zip(group.irreps, kernels, strict=True))
+    args: dict[str, Any] = {}
+    if f"pos_embed.{group.irreps[0].name}" in tensors:
+        grid = size_of_fields(group, tuple(len(tensors[f"pos_embed.{irrep.name}"]) for irrep in group.irreps))
+        patch = size_of_fields(group, tuple(kernel.shape[-1] for kernel in kernels))
+        args["img_size"] = [side * patch_side for side, patch_side in zip(grid, patch, strict=True)]
+    num_features, num_trivial = tensors["head.weight"].shape[1], len(tensors["norm.bias"])
+    order = num_channels // num_trivial  # of the last block's group
+    if order > 1 and (num_features == num_trivial) != (order == 2):
+        args["head"] = "trivial" if num_features == num_trivial else "power"
+    return args

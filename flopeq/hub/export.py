@@ -14,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
+from flopeq.groups import TRIVIAL
 from flopeq.hub.model_card import TrainedRun, failure_reason, render_card
 from flopeq.measure.flops import complexity
 from flopeq.models.build import build
 from flopeq.models.variants import baseline_name
-from flopeq.registry import describe
-from flopeq.testing import equivariance_error
+from flopeq.registry import ARGS_OF_SYMMETRY, describe
+from flopeq.testing import equivariance_error, feature_groups
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,15 @@ def _drop_repeated_num_classes(path: Path) -> None:
 
 
 def measure_equivariance_error(model: nn.Module, size: tuple[int, int, int]) -> float:
-    """The relative equivariance error of the logits in float64, the maximum over two random images."""
+    """The relative equivariance error of the logits in float64, the maximum over two random images.
+
+    The symmetries are those of the network's last block, or the flop if that block is ordinary.
+    """
     generator = torch.Generator().manual_seed(0)
     images_BCHW = torch.randn(2, *size, generator=generator, dtype=torch.float64)
-    return equivariance_error(copy.deepcopy(model).cpu().double().eval(), images_BCHW)
+    groups = feature_groups(model)
+    group = groups[-1].name if groups and groups[-1] is not TRIVIAL else "flop"
+    return equivariance_error(copy.deepcopy(model).cpu().double().eval(), images_BCHW, group)
 
 
 def _flop_ratio(name: str, args: dict[str, Any], size: tuple[int, int, int], flops: int) -> float | None:
@@ -129,7 +135,7 @@ def _flop_ratio(name: str, args: dict[str, Any], size: tuple[int, int, int], flo
     info = describe(name)
     if info is None or info.variant == "X":
         return None
-    baseline_args = {key: value for key, value in args.items() if key not in ("num_flop_blocks", "head")}
+    baseline_args = {key: value for key, value in args.items() if key not in ARGS_OF_SYMMETRY}
     if info.family == "resmlp" and "resmlp_base" not in name and "resmlp_large" not in name and baseline_args:
         return None
     return complexity(build(baseline_name(name), device="meta", **baseline_args), size).flops / flops
