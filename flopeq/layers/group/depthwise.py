@@ -30,8 +30,9 @@ class GroupDepthwiseConv(nn.Module):
     |G| parts meets the same kernel k, transformed by its symmetry, and the same bias. The layer changes to the regular
     basis before the convolution and back after it.
 
-    Departs: E(ConvNeXt) has kernels that are symmetric or antisymmetric, and no change of basis (`FlopDepthwiseConv`,
-    sec. 4.3). A general kernel here is one of each at once, and the two-dimensional irrep needs no kernels of its own.
+    For the flop this is not the layer of E(ConvNeXt), whose kernels are either symmetric or antisymmetric and need no
+    change of basis (`FlopDepthwiseConv`, sec. 4.3). A kernel here has both parts, and the rows of a two-dimensional
+    irrep need no kernels of their own.
 
     Shape: (B, C, H, W) -> (B, C, H, W).
     Cost: kernel_size^2 multiply-adds per channel and position, as for nn.Conv2d, and two changes of basis. It has
