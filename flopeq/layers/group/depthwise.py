@@ -63,11 +63,14 @@ class GroupDepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Features are in channels-last layout, which is how the block's norm and linear layers read them.
-        regular = torch.cat(self.group.to_regular(self.group.split(x.permute(0, 2, 3, 1))), -1).permute(0, 3, 1, 2)
+        x = torch.cat(self.group.to_regular(self.group.split(x.permute(0, 2, 3, 1))), -1).permute(0, 3, 1, 2)
         bias = self.bias.repeat(self.group.order)
-        y = depthwise_conv2d(regular, self.kernel(), bias, self.kernel_size // 2, self.num_channels)
-        parts = self.group.from_regular(y.permute(0, 2, 3, 1).chunk(self.group.order, -1))
-        return self.group.join(parts).permute(0, 3, 1, 2)
+        y = depthwise_conv2d(x, self.kernel(), bias, self.kernel_size // 2, self.num_channels)
+        y = y.permute(0, 2, 3, 1)
+        copies = self.num_channels // self.group.order
+        # Slices, because torch.fx cannot iterate over the result of `chunk`.
+        regular = [y[..., index * copies : (index + 1) * copies] for index in range(self.group.order)]
+        return self.group.join(self.group.from_regular(regular)).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"{describe_parts(self.group, self.num_channels)}, kernel_size={self.kernel_size}"
