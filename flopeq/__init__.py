@@ -12,11 +12,11 @@ if "_FLOPEQ_COMPLETE" not in os.environ:
     from flopeq.backends.malloc import keep_freed_memory, raise_trim_threshold
     from flopeq.hub.convert import convert_authors_state_dict
     from flopeq.measure.paper import Table1Row, table1
-    from flopeq.models import convnext, group_resmlp, group_vit, resmlp, vit
+    from flopeq.models import convnext, group_convnext, group_resmlp, group_vit, resmlp, vit
 
     raise_trim_threshold()
 
 __all__ = [
-    "Table1Row", "convert_authors_state_dict", "convnext", "group_resmlp", "group_vit", "keep_freed_memory", "resmlp",
-    "table1", "testing", "vit",
+    "Table1Row", "convert_authors_state_dict", "convnext", "group_convnext", "group_resmlp", "group_vit",
+    "keep_freed_memory", "resmlp", "table1", "testing", "vit",
 ]  # fmt: skip

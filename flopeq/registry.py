@@ -60,7 +60,7 @@ GROUP_VARIANTS = ("C2xC2", "H-C2xC2", "D4", "H-D4")
 ARGS_OF_SYMMETRY = ("num_flop_blocks", "num_group_blocks", "symmetry", "head", "octic_vits")
 """Arguments that X does not have."""
 
-GROUP_FAMILIES = ("vit", "resmlp")
+GROUP_FAMILIES = ("vit", "resmlp", "convnext_iso")
 """Families that have the variants for larger groups."""
 
 _GROUPS = {"X": None, "E": "c2", "H": "c2", "C2xC2": "c2xc2", "H-C2xC2": "c2xc2", "D4": "d4", "H-D4": "d4"}

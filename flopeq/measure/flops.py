@@ -111,8 +111,8 @@ MULTIPLY_ADDS = frozenset({"conv", "linear", "matmul", "mm", "bmm", "addmm", "ba
 _COST_PER_RESULT = {
     0: ("abs", "adaptive_max_pool2d", "amax", "ceil", "clamp_min", "clone", "dropout_", "expand_as", "eye",
         "feature_dropout", "flip", "hardtanh", "hstack", "im2col", "index_select", "mT", "max_pool2d",
-        "meshgrid", "movedim", "one_hot", "ones_like", "pad", "repeat", "repeat_interleave", "reshape_as", "tile",
-        "unflatten", "where"),
+        "meshgrid", "movedim", "one_hot", "ones_like", "pad", "repeat", "repeat_interleave", "reshape_as", "rot90",
+        "tile", "unflatten", "where"),
     1: ("add", "add_", "div", "div_", "leaky_relu", "leaky_relu_", "mul", "mul_", "neg", "reciprocal", "rsub", "sign",
         "square", "sub", "sub_"),
     2: ("addcdiv", "addcmul", "lerp"),

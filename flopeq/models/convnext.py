@@ -5,6 +5,7 @@ timm has ConvNeXt blocks but no isotropic network, so this module also defines X
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -99,71 +100,50 @@ def _make_block(index: int, num_flop_blocks: int, channels: int, **kwargs: Any) 
     return (BasisChangeBlock if is_entry else ConvNeXtBlock)(channels, kernel_size=KERNEL_SIZE, **kwargs)
 
 
-class ConvNeXtIso(FlopHead, nn.Module):
-    """Isotropic ConvNeXt: patches, equal blocks on one grid, pooling, LayerNorm and a linear classifier.
+class IsotropicConvNeXt(nn.Module):
+    """What all isotropic ConvNeXts share: patches, blocks on one grid, pooling, LayerNorm and a linear classifier.
 
-    The first `num_flop_blocks` blocks commute with the flop: none in X, all in E(X), some in H(X). The other blocks of
-    H(X), its norm and its head are ordinary and work in the regular basis.
+    A subclass makes the stem and the blocks, calls `init_norm` when `head_hidden_size` is known, and says with
+    `invariants` which features the head sees.
 
-    Args:
-        embed_dim: number of channels.
-        depth: number of blocks.
-        patch_size: kernel size and stride of the stem.
-        img_size: only checked against the patch size. The model takes images of any size that fits the patches.
-        ls_init_value: initial value of LayerScale; None turns LayerScale off.
-        drop_path_rate: stochastic depth rate of the last block; the rate increases linearly from 0.
-        head: "even", or "even+abs_odd" to append the absolute values of odd features (E only).
     Shape: (B, in_chans, H, W) -> (B, num_classes).
-    Raises: ValueError for widths that do not split into halves and, for E and H, image widths that are not a multiple
-    of the patch width.
     """
 
     def __init__(
         self,
-        num_flop_blocks: int = 0,
-        head: str = "even",
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int | tuple[int, int] = 16,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: int = 384,
-        depth: int = 18,
-        ls_init_value: float | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
+        stem: nn.Module,
+        blocks: Iterable[nn.Module],
+        in_chans: int,
+        num_classes: int,
+        global_pool: str,
+        embed_dim: int,
+        patch_size: int | tuple[int, int],
+        ls_init_value: float | None,
+        drop_rate: float,
+        **dd: Any,
     ) -> None:
         super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_num_flop_blocks(num_flop_blocks, depth)
         self._check_pool(global_pool)
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_flop_blocks, self.ls_init_value = num_flop_blocks, ls_init_value
+        self.ls_init_value = ls_init_value
         self.grad_checkpointing = False
-        if num_flop_blocks:
-            check_patch_width(pair(img_size)[1], pair(patch_size)[1])
-            self.stem = FlopPatchConv(in_chans, embed_dim, patch_size, scale=SQRT_HALF, **dd)
-        else:
-            self.stem = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **dd)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = BlockSequence(
-            *(
-                _make_block(index, num_flop_blocks, embed_dim, ls_init_value=ls_init_value, drop_path=rate, **dd)
-                for index, rate in enumerate(rates)
-            )
-        )
+        self.stem, self.blocks = stem, BlockSequence(*blocks)
         self.feature_info = [
             {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": max(pair(patch_size))}
-            for index in range(depth)
+            for index in range(len(self.blocks))
         ]
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.init_head(head, equivariant=num_flop_blocks == depth, **dd)
+
+    def init_norm(self, **dd: Any) -> None:
+        """Makes the norm before the classifier, and initializes all weights."""
         self.norm = nn.LayerNorm(self.head_hidden_size, eps=1e-6, **dd)
         self.apply(self._init_weights)
+
+    def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
+        """The features for the head. `dim` is the channel axis."""
+        raise NotImplementedError
 
     def init_weights(self) -> None:
         """Initializes all parameters again, for example after `to_empty`."""
@@ -239,8 +219,6 @@ class ConvNeXtIso(FlopHead, nn.Module):
         return (x if pre_logits else self.head(x)).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.skips_odd_half:
-            return self._classify(self.blocks(self.stem(x), even_only=True))
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
@@ -277,6 +255,65 @@ class ConvNeXtIso(FlopHead, nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return taken
+
+
+class ConvNeXtIso(FlopHead, IsotropicConvNeXt):
+    """Isotropic ConvNeXt whose first `num_flop_blocks` blocks commute with the flop: none in X, all in E, some in H.
+
+    The other blocks of H(X), its norm and its head are ordinary and work in the regular basis.
+
+    Args:
+        embed_dim: number of channels.
+        depth: number of blocks.
+        patch_size: kernel size and stride of the stem.
+        img_size: only checked against the patch size. The model takes images of any size that fits the patches.
+        ls_init_value: initial value of LayerScale; None turns LayerScale off.
+        drop_path_rate: stochastic depth rate of the last block; the rate increases linearly from 0.
+        head: "even", or "even+abs_odd" to append the absolute values of odd features (E only).
+    Shape: (B, in_chans, H, W) -> (B, num_classes).
+    Raises: ValueError for widths that do not split into halves and, for E and H, image widths that are not a multiple
+    of the patch width.
+    """
+
+    def __init__(
+        self,
+        num_flop_blocks: int = 0,
+        head: str = "even",
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 384,
+        depth: int = 18,
+        ls_init_value: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_num_flop_blocks(num_flop_blocks, depth)
+        if num_flop_blocks:
+            check_patch_width(pair(img_size)[1], pair(patch_size)[1])
+            stem = FlopPatchConv(in_chans, embed_dim, patch_size, scale=SQRT_HALF, **dd)
+        else:
+            stem = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size, **dd)
+        blocks = [
+            _make_block(index, num_flop_blocks, embed_dim, ls_init_value=ls_init_value, drop_path=rate, **dd)
+            for index, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
+        ]
+        super().__init__(
+            stem, blocks, in_chans, num_classes, global_pool, embed_dim, patch_size, ls_init_value, drop_rate, **dd
+        )
+        self.num_flop_blocks = num_flop_blocks
+        self.init_head(head, equivariant=num_flop_blocks == depth, **dd)
+        self.init_norm(**dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.skips_odd_half:
+            return self._classify(self.blocks(self.stem(x), even_only=True))
+        return super().forward(x)
 
 
 def _create(name: str, pretrained: bool, num_flop_blocks: int | None = None, **kwargs: Any) -> nn.Module:

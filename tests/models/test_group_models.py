@@ -107,7 +107,9 @@ def test_every_part_of_every_parameter_learns(case: str) -> None:
     model = small_group_model(case).train()
     model(random_images(SQUARE)).square().sum().backward()
     idle = {key for key, parameter in model.named_parameters() if not parameter.grad.abs().max() > 0}
-    assert not idle and all(parameter.requires_grad for parameter in model.parameters())
+    # E(ConvNeXt)'s last block has an update of odd features, which the even head does not read.
+    assert idle == ({"blocks.2.mlp.fc2.odd.weight"} if case == "graded convnext_iso" else set())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @cases
@@ -340,6 +342,9 @@ RATIOS = {
     "resmlp_24_224": {"c2xc2": (3.60, 1.57), "d4": (4.50, 1.65)},
     "resmlp_base_24_224": {"c2xc2": (3.78, 1.58), "d4": (4.90, 1.66)},
     "resmlp_large_24_224": {"c2xc2": (3.86, 1.59), "d4": (5.00, 1.67)},
+    "convnext_iso_small": {"c2xc2": (3.43, 1.55), "d4": (4.3, 1.62)},
+    "convnext_iso_base": {"c2xc2": (3.69, 1.57), "d4": (4.7, 1.65)},
+    "convnext_iso_large": {"c2xc2": (3.79, 1.58), "d4": (4.9, 1.66)},
 }
 
 

@@ -11,6 +11,7 @@ Shape suffixes: B batch, N tokens, C channels, H W grid, h heads, d head width.
 
 from flopeq.layers.group.attention import GroupAttention
 from flopeq.layers.group.conv import GroupPatchConv, check_patches, check_square
+from flopeq.layers.group.depthwise import GroupDepthwiseConv
 from flopeq.layers.group.embed import GroupPatchEmbed, GroupPosEmbed
 from flopeq.layers.group.linear import GroupLinear
 from flopeq.layers.group.mixing import (
@@ -29,9 +30,9 @@ from flopeq.layers.group.parts import add_residual, from_parts, to_parts
 from flopeq.layers.group.tokens import FixedTable, GridTokens, InvariantConstants, ReorderTokens, RestrictFeatures
 
 __all__ = [
-    "FixedTable", "GridTokens", "GroupAttention", "GroupGELU", "GroupGridAffine", "GroupGridLinear", "GroupGridMlp",
-    "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp", "GroupPatchConv", "GroupPatchEmbed",
-    "GroupPosEmbed", "GroupResBlock", "GroupTokenMixing", "InvariantConstants", "OrbitFields", "OrbitTable",
-    "ReorderTokens", "RestrictFeatures", "add_residual", "check_patches", "check_square", "from_parts",
-    "orbit_table", "product_and_bias", "to_parts", "widen_scales",
+    "FixedTable", "GridTokens", "GroupAttention", "GroupDepthwiseConv", "GroupGELU", "GroupGridAffine",
+    "GroupGridLinear", "GroupGridMlp", "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp",
+    "GroupPatchConv", "GroupPatchEmbed", "GroupPosEmbed", "GroupResBlock", "GroupTokenMixing", "InvariantConstants",
+    "OrbitFields", "OrbitTable", "ReorderTokens", "RestrictFeatures", "add_residual", "check_patches",
+    "check_square", "from_parts", "orbit_table", "product_and_bias", "to_parts", "widen_scales",
 ]  # fmt: skip
