@@ -111,7 +111,9 @@ def networks_of(x: ModelInfo, args: argparse.Namespace) -> list[Network]:
     """X and its variants that were asked for."""
     networks = [Network(x)]
     for variant in args.variants:
-        info = MODELS[PREFIXES[variant] + x.model]
+        info = MODELS.get(PREFIXES[variant] + x.model)
+        if info is None:  # a family without this group
+            continue
         splits = args.splits if variant == "H" else [None]
         if splits == ["all"]:
             splits = range(1, len(build(x.model, device="meta").blocks))
@@ -228,7 +230,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--sizes", nargs="+", default=["S"], choices=sizes)
-    parser.add_argument("--variants", nargs="+", default=["E"], choices=["E", "H"])
+    parser.add_argument("--variants", nargs="+", default=["E"], choices=list(PREFIXES)[1:])
     parser.add_argument("--splits", nargs="+", default=[None], type=split_point, metavar="N",
                         help="numbers of equivariant blocks in H, or all; default: half of the blocks")  # fmt: skip
     parser.add_argument("--modes", nargs="+", default=["forward"], choices=["forward", "train"])

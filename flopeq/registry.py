@@ -57,6 +57,9 @@ PREFIXES = {
 GROUP_VARIANTS = ("C2xC2", "H-C2xC2", "D4", "H-D4")
 """Variants for groups beyond that of the flop."""
 
+ARGS_OF_SYMMETRY = ("num_flop_blocks", "num_group_blocks", "symmetry", "head", "octic_vits")
+"""Arguments that X does not have."""
+
 GROUP_FAMILIES = ("vit", "resmlp", "convnext_iso")
 """Families that have the variants for larger groups."""
 

@@ -66,6 +66,7 @@ def complexity(words: ModelWords, image_size: ImageSize = None, as_json: Json = 
         "equivariance flop_deit3_small_patch16_224",
         "equivariance flop_convnext_iso_small num_classes=10 checkpoint_path=weights.safetensors",
         "equivariance flop_resmlp_24_224 --dtype float32 --json",
+        "equivariance octic_deit3_small_patch16_224 --group d4",
     )
 )
 def equivariance(
@@ -75,14 +76,17 @@ def equivariance(
         str, typer.Option(metavar="DTYPE", callback=check_dtype, help="Precision of weights and images.")
     ] = "float64",
     seed: Annotated[int, typer.Option(help="Seed of weights and images.")] = 0,
+    group: Annotated[
+        str, typer.Option(metavar="GROUP", help="Symmetries to try: flop, c2xc2, d4, or others of the square.")
+    ] = "flop",
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:
     """Measure the equivariance error of the logits and of every block's features.
 
-    The command compares two random images with their flops. Errors are relative to the largest value. For an
-    equivariant network they are rounding errors. Freshly initialized weights are partly zero, so noise is added to
-    them; weights from checkpoint_path=FILE are used unchanged.
+    The command compares two random images with their flops, or with their copies under a larger group. Errors are
+    relative to the largest value. For an equivariant network they are rounding errors. Freshly initialized weights are
+    partly zero, so noise is added to them; weights from checkpoint_path=FILE are used unchanged.
     """
     import torch
 
@@ -102,8 +106,8 @@ def equivariance(
         rows.append(
             {
                 "model": name,
-                "max_rel_error": equivariance_error(model, images_BCHW),
-                "blocks": block_errors(model, images_BCHW),
+                "max_rel_error": equivariance_error(model, images_BCHW, group),
+                "blocks": block_errors(model, images_BCHW, group),
             }
         )
     if as_json:

@@ -304,16 +304,18 @@ def infer_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
     num_classes, num_features = tensors["head.weight"].shape
     args: dict[str, Any] = {"num_classes": num_classes}
     if info.variant in GROUP_VARIANTS:
-        return args | (infer_group_args(tensors, model_name) if info.family == "vit" else {})
+        args |= infer_group_args(tensors, model_name) if info.family == "vit" else {}
+        if info.family != "vit" or "img_size" in args:
+            return args
     stem = {"vit": "patch_embed.proj", "resmlp": "stem.proj", "convnext_iso": "stem"}[info.family]
-    kernel = tensors[f"{stem}.weight" if info.variant == "X" else f"{stem}.even"]
+    kernel = tensors[f"{stem}.even" if f"{stem}.even" in tensors else f"{stem}.weight"]
     if info.variant == "E" and num_features == 2 * len(kernel):
         args["head"] = "even+abs_odd"
     if info.family == "convnext_iso":
         return args | {"ls_init_value": 1e-6 if "blocks.0.gamma" in tensors else None}
     if "pos_embed.even" in tensors:
-        height, left_width = tensors["pos_embed.even"].shape[:2]
-        grid = (height, 2 * left_width)
+        even, odd = tensors["pos_embed.even"], tensors["pos_embed.odd"]
+        grid = (even.shape[0], even.shape[1] + odd.shape[1])
     else:
         over_tokens = re.compile(r"pos_embed$|blocks\.0\.linear_tokens\.(even\.|odd\.)?weight$")
         num_tokens = sum(tensor.shape[1] for name, tensor in tensors.items() if over_tokens.match(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
+from flopeq.groups import C2XC2, D4, TRIVIAL
 from flopeq.hub.model_card import TrainedRun, failure_reason, render_card
+from flopeq.layers.group.orbits import size_of_fields
 from flopeq.measure.flops import complexity
 from flopeq.models.build import build
 from flopeq.models.variants import baseline_name
-from flopeq.registry import describe
-from flopeq.square import FLOP, Symmetry
+from flopeq.registry import ARGS_OF_SYMMETRY, describe
 from flopeq.symmetrization.wrapper import Symmetrized, symmetrize
-from flopeq.testing import relative_error
+from flopeq.testing import equivariance_error, feature_groups
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def export_model(
     size = tuple(json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["input_size"])
     plain = build(name, device="meta", **args)
     counted = complexity(symmetrize(plain, **symmetrization) if symmetrization else plain, size)
-    error = measure_equivariance_error(model, size, model.group if isinstance(model, Symmetrized) else (FLOP,))
+    error = measure_equivariance_error(model, size)
     metrics = {
         "complexity/params_m": counted.params / 1e6,
         "complexity/gflops": counted.flops / 1e9,
@@ -133,16 +134,18 @@ def _drop_repeated_num_classes(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-@torch.no_grad()
-def measure_equivariance_error(
-    model: nn.Module, size: tuple[int, int, int], symmetries: Iterable[Symmetry] = (FLOP,)
-) -> float:
-    """The relative equivariance error of the logits in float64, the maximum over symmetries and two random images."""
+def measure_equivariance_error(model: nn.Module, size: tuple[int, int, int]) -> float:
+    """The relative equivariance error of the logits in float64, the maximum over two random images.
+
+    The symmetries are those of a symmetrized network, or of the last block of others, or the flop if that is ordinary.
+    """
     generator = torch.Generator().manual_seed(0)
     images_BCHW = torch.randn(2, *size, generator=generator, dtype=torch.float64)
-    model = copy.deepcopy(model).cpu().double().eval()
-    logits = model(images_BCHW)
-    return max(relative_error(model(g(images_BCHW)), logits) for g in symmetries)
+    groups = feature_groups(model)
+    group = groups[-1].name if groups and groups[-1] is not TRIVIAL else "flop"
+    if isinstance(model, Symmetrized):
+        group = model.group
+    return equivariance_error(copy.deepcopy(model).cpu().double().eval(), images_BCHW, group)
 
 
 def _symmetrize(model: nn.Module, symmetrization: Mapping[str, Any]) -> Symmetrized:
@@ -162,8 +165,7 @@ def _flop_ratio(name: str, args: dict[str, Any], size: tuple[int, int, int], flo
     info = describe(name)
     if info is None or info.variant == "X":
         return None
-    of_symmetry = ("num_flop_blocks", "num_group_blocks", "symmetry", "head", "octic_vits")
-    baseline_args = {key: value for key, value in args.items() if key not in of_symmetry}
+    baseline_args = {key: value for key, value in args.items() if key not in ARGS_OF_SYMMETRY}
     if info.family == "resmlp" and "resmlp_base" not in name and "resmlp_large" not in name and baseline_args:
         return None
     return complexity(build(baseline_name(name), device="meta", **baseline_args), size).flops / flops
@@ -208,6 +210,11 @@ def _patch_shape(name: str, shapes: dict[str, list[int]]) -> tuple[int, ...] | N
     if f"{first_conv}.even" in shapes:
         _, channels, height, left = shapes[f"{first_conv}.even"]
         return channels, height, left + shapes[f"{first_conv}.odd"][3]
+    for group in (C2XC2, D4):
+        kernels = [shapes.get(f"{first_conv}.{irrep.name}") for irrep in group.irreps]
+        if all(kernels):
+            size = size_of_fields(group, tuple(kernel[2] for kernel in kernels if kernel))
+            return kernels[0][1], *size  # pyright: ignore[reportOptionalSubscript]
     return None
 
 

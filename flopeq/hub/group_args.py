@@ -12,9 +12,9 @@ from flopeq.models.symmetry import block_groups, default_head, format_symmetry
 
 
 def infer_group_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
-    """`symmetry`, `head`, `octic_vits` where they differ from the model's defaults, and `img_size`.
+    """`symmetry`, `head` and `octic_vits` where they differ from the model's defaults, and `img_size`.
 
-    The image size is left out if the patch embedding has no group beyond the flop.
+    The image size is left out if the first block has no group beyond the flop.
     """
     groups = _groups_of_blocks(tensors)
     args: dict[str, Any] = {}

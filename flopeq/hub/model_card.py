@@ -137,13 +137,25 @@ def _description(name: str, args: Mapping[str, Any], symmetrize: Mapping[str, st
     elif info is None:
         return f"`{name}` of timm."
     else:
-        text = _variant_description(info)
+        text = _variant_description(info, args)
     given = ", ".join(f"{key}={value!r}" for key, value in args.items())
     return f"{text}\n\nModel `{name}`{f' with {given}' if given else ''}, registered in timm by the package flopeq."
 
 
-def _variant_description(info: ModelInfo) -> str:
+def _variant_description(info: ModelInfo, args: Mapping[str, Any]) -> str:
     kind = FAMILIES[info.family]
+    if "symmetry" in args:
+        return (
+            f"A {kind} whose blocks commute with groups of symmetries of the square, {args['symmetry']!r} from the "
+            "first block to the last. Its logits are invariant under the last block's group, but not after ordinary "
+            "blocks (x, or blocks that are not named)."
+        )
+    if args.get("octic_vits") == "invariant":
+        return (
+            f"An octic {kind}: its first blocks are equivariant to the eight symmetries of the square, and the "
+            "ordinary blocks after them see features that no symmetry changes. The logits of an image and of its "
+            "mirrored and turned copies are the same by construction."
+        )
     return {
         "X": f"An ordinary {kind}, the baseline of the networks that are equivariant to horizontal mirroring.",
         "E": f"A {kind} that is equivariant to horizontal mirroring (a *flop*): its features are an even half, which a "
@@ -151,6 +163,16 @@ def _variant_description(info: ModelInfo) -> str:
         "logits of an image and of its flop are the same by construction.",
         "H": f"A hybrid {kind}: its first blocks are equivariant to horizontal mirroring, at half the cost of their "
         "linear layers, and the others are ordinary. Its logits are not invariant.",
+        "C2xC2": f"A {kind} that is equivariant to horizontal and vertical mirroring: its features have four parts, "
+        "one for each pair of signs. Linear layers are block diagonal and cost a quarter, and the logits of an image "
+        "and of its mirror images are the same by construction.",
+        "H-C2xC2": f"A hybrid {kind}: its first blocks are equivariant to horizontal and vertical mirroring, at a "
+        "quarter of the cost of their linear layers, and the others are ordinary. Its logits are not invariant.",
+        "D4": f"An octic {kind}: it is equivariant to the eight symmetries of the square, mirroring and quarter turns. "
+        "Linear layers are block diagonal and cost 3/16, and the logits of an image and of its mirrored and turned "
+        "copies are the same by construction.",
+        "H-D4": f"A hybrid octic {kind}: its first blocks are equivariant to the eight symmetries of the square, at "
+        "3/16 of the cost of their linear layers, and the others are ordinary. Its logits are not invariant.",
     }[info.variant]
 
 
@@ -252,6 +274,9 @@ def _intended_use_section(name: str, run: TrainedRun | None, symmetrize: Mapping
         if info and info.variant == "E"
         else ""
     )
+    if info and info.variant in ("C2xC2", "D4"):
+        turned = " or turned" * (info.variant == "D4")
+        mirrored = f" It cannot tell an image from its mirrored{turned} copies: do not use it where that matters."
     if symmetrize:
         mirrored = (
             f" It cannot tell an image from what the group `{symmetrize['group']}` makes of it: do not use it where "

@@ -27,7 +27,7 @@ from flopeq.groups import C2, TRIVIAL, Group
 from flopeq.layers.conv import pair
 from flopeq.layers.group.embed import GroupPatchEmbed
 from flopeq.layers.group.mixing import GroupGridAffine, GroupResBlock
-from flopeq.layers.group.tokens import GridTokens, InvariantConstants, ReorderTokens, RestrictFeatures
+from flopeq.layers.group.tokens import GridTokens, ReorderTokens, RestrictFeatures
 from flopeq.models.resmlp import FIXED_GRID, REFUSED, SIZES, create_flop_mixer
 from flopeq.models.symmetry import (
     GroupHead,
@@ -144,7 +144,7 @@ class GroupMlpMixer(GroupHead, MlpMixer):
         self.fc_norm = nn.Identity() if last.group is TRIVIAL else Affine(self.head_hidden_size, **dd)
 
     def init_weights(self, nlhb: bool = False) -> None:
-        """Initializes weights as timm does, and also affine layers, LayerScales and tables, which timm leaves alone."""
+        """Initializes weights as timm does, and also affine layers and LayerScales, which timm leaves as they are."""
         super().init_weights(nlhb)
         for module in self.modules():
             if isinstance(module, Affine | GroupGridAffine):
@@ -153,8 +153,6 @@ class GroupMlpMixer(GroupHead, MlpMixer):
             elif isinstance(module, ResBlock | GroupResBlock):
                 nn.init.constant_(module.ls1, self.init_values)
                 nn.init.constant_(module.ls2, self.init_values)
-            elif isinstance(module, InvariantConstants | ReorderTokens):
-                module.reset_tables()
 
     def invariants(self, x: Tensor, dim: int = -1) -> Tensor:
         if self.head_group is TRIVIAL:

@@ -43,7 +43,8 @@ class ConcatenatedIrreps(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         a1, a2, b1, b2, e = D4.split(x)
-        return torch.cat([a1, a2, b1, b2, *(half.flatten(-2) for half in e.chunk(2, -1))], -1) * self.signs
+        first, second = e.chunk(2, -1)
+        return torch.cat([a1, a2, b1, b2, first.flatten(-2), second.flatten(-2)], -1) * self.signs
 
 
 class PowerSpectrum(nn.Module):

@@ -35,6 +35,8 @@ def load_weights(
         inferred_args: dict[str, Any] = infer_args(tensors, model_name) if model_name in MODELS else {}
     except KeyError as error:
         raise WeightsError(f"{path} lacks {error}: it does not hold the weights of a {model_name}") from None
+    if "num_group_blocks" in args:  # another way to say what `symmetry` says
+        inferred_args.pop("symmetry", None)
     if inferred_args.get("num_classes", num_classes) != num_classes:
         raise WeightsError(
             f"{path} has {inferred_args['num_classes']} classes, but the data of params.yaml has "

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flopeq.registry import describe
+from flopeq.registry import ARGS_OF_SYMMETRY, describe
 from pipeline.base.config import Experiment
 from pipeline.base.schema import SymmetrizedRun
 
-NON_SHAPE_ARGS = ("num_flop_blocks", "head", "init_values", "ls_init_value")
+NON_SHAPE_ARGS = (*ARGS_OF_SYMMETRY, "init_values", "ls_init_value")
 """Arguments in which X and its E may differ."""
 
 

@@ -16,11 +16,31 @@ COLORS = {"vit": "#0072B2", "resmlp": "#D55E00", "convnext_iso": "#009E73", None
 
 FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)", None: "other"}
 
-MARKERS = {"X": "o", "E": "^", "H": "s", "S": "P", None: "D"}
+MARKERS = {"X": "o", "E": "^", "H": "s", "C2xC2": "P", "H-C2xC2": "p", "D4": "*", "H-D4": "h", "S": "X", None: "D"}
 
-DASHES = {"X": "-", "E": (0, (4, 1.5)), "H": (0, (1, 1.2)), "S": "-.", None: "-."}
+DASHES = {
+    "X": "-",
+    "E": (0, (4, 1.5)),
+    "H": (0, (1, 1.2)),
+    "C2xC2": (0, (6, 1.5, 1, 1.5)),
+    "H-C2xC2": (0, (1, 2.4)),
+    "D4": (0, (6, 1.5, 1, 1.5, 1, 1.5)),
+    "H-D4": (0, (1, 3.6)),
+    "S": (0, (3, 1, 1, 1)),
+    None: "-.",
+}
 
-VARIANTS = {"X": "X, baseline", "E": "E(X), equivariant", "H": "H(X), hybrid", "S": "S(X), symmetrized", None: "other"}
+VARIANTS = {
+    "X": "X, baseline",
+    "E": "E(X), equivariant",
+    "H": "H(X), hybrid",
+    "C2xC2": "C2xC2(X), flop and flip",
+    "H-C2xC2": "H-C2xC2(X), its hybrid",
+    "D4": "D4(X), octic",
+    "H-D4": "H-D4(X), its hybrid",
+    "S": "S(X), symmetrized",
+    None: "other",
+}
 
 
 def add_legend(figure: Figure, results: Sequence[RunResult]) -> None:

@@ -224,7 +224,7 @@ def splits_to_try(experiment: Experiment, run_name: str) -> list[int]:
     """
     run, requested = experiment.run(run_name), experiment.sweeps.hybrid.splits
     info = describe(run.model)
-    if info is None or info.variant == "E":
+    if info is None or info.variant not in ("X", "H"):
         raise ConfigError(f"sweeps.hybrid.runs: {run_name} is neither X nor H, so it has no hybrid")
     args = {key: value for key, value in run.args.items() if key != "num_flop_blocks"}
     blocks = build(PREFIXES["H"] + baseline_name(run.model), device="meta", **args).get_submodule("blocks")

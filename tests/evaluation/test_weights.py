@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flopeq.hub.convert import convert_checkpoint
+from flopeq.models.build import build
 from pipeline.base import errors, schema
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.weights import WeightsError, load_weights
@@ -102,6 +103,15 @@ def test_weights_of_octic_vits_give_its_logits(tmp_path: Path) -> None:
     args = {name: value for name, value in test_convert_octic.our_args(network).items() if name != "img_size"}
     model = load_weights(tmp_path / "octic.pth", network["model"], args, num_classes=5, image_size=36)
     assert test_convert_octic.error_of(model.eval(), network, torch.float32) <= 1e-4
+
+
+@pytest.mark.parametrize("args", [{}, {"num_group_blocks": 1}, {"symmetry": "d4:1"}])
+def test_the_groups_of_blocks_may_be_given_or_inferred(tmp_path: Path, args: dict[str, Any]) -> None:
+    name, size = "octic_deit3_small_patch16_224", {"embed_dim": 32, "depth": 3, "num_heads": 2}
+    model = build(name, num_classes=5, img_size=32, symmetry="d4:1", **size)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    loaded = load_weights(tmp_path / "w.safetensors", name, size | args, num_classes=5, image_size=32)
+    assert [group.name for group in loaded.block_groups] == ["d4", "trivial", "trivial"]
 
 
 @pytest.mark.parametrize(("changes", "model", "args", "message"), [

@@ -136,7 +136,9 @@ def test_a_published_file_becomes_safetensors_that_timm_loads(
     export_model(name, tmp_path / "exported", checkpoint=target, **our_args(network))
     exported = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True)
     assert error_of(exported.eval(), network, torch.float32) <= 1e-4
-    assert "octic_vits" in (tmp_path / "exported" / "README.md").read_text()
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"octic_vits={model_args['octic_vits']!r}" in card
+    assert ("features that no symmetry changes" in card) == ("I8" in case)
 
 
 @pytest.mark.parametrize(

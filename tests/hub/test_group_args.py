@@ -24,9 +24,9 @@ SIZE = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
         ("octichybrid_deit3_large_patch16_224", {"img_size": [32, 32], "octic_vits": "invariant"}),
         ("mirrors_deit3_small_patch16_224", {"img_size": [48, 32]}),
         ("mirrorshybrid_deit3_small_patch16_224", {"img_size": [48, 32], "symmetry": "c2xc2:1,c2:1,x:1"}),
-        ("mirrors_deit3_small_patch16_224", {"symmetry": "c2:2,x:1"}),
-        ("mirrors_deit3_small_patch16_224", {"symmetry": "c2:3", "head": "power"}),
-        ("octic_deit3_small_patch16_224", {"symmetry": "x:3"}),
+        ("mirrors_deit3_small_patch16_224", {"img_size": [48, 48], "symmetry": "c2:2,x:1"}),
+        ("mirrors_deit3_small_patch16_224", {"img_size": [48, 48], "symmetry": "c2:3", "head": "power"}),
+        ("octic_deit3_small_patch16_224", {"img_size": [48, 48], "symmetry": "x:3"}),
     ],
 )
 def test_what_differs_from_the_defaults_is_inferred(name: str, args: dict[str, Any]) -> None:

@@ -82,6 +82,20 @@ def test_it_is_a_dense_convolution_that_commutes_with_the_group(group: Group) ->
         torch.testing.assert_close(group.act(g, bias), bias)
 
 
+@pytest.mark.parametrize(("group", "subgroup"), [(C2XC2, C2), (D4, C2), (D4, C2XC2)], ids=lambda group: group.name)
+def test_restricted_features_meet_kernels_of_the_subgroup(group: Group, subgroup: Group) -> None:
+    layer, x_BCHW = drawn(GroupDepthwiseConv(group, 16, 3)), features(2, 16, 4, 4)
+    restricted = GroupDepthwiseConv(subgroup, 16, 3).double()
+    with torch.no_grad():
+        restricted.weight.copy_(layer.kernel()[: 16 // subgroup.order])
+        restricted.bias.copy_(layer.bias.repeat(group.order // subgroup.order))
+
+    def restrict(y_BCHW: Tensor) -> Tensor:
+        return group.restrict(y_BCHW.movedim(1, -1), subgroup).movedim(-1, 1)
+
+    torch.testing.assert_close(restricted(restrict(x_BCHW)), restrict(layer(x_BCHW)))
+
+
 @groups
 def test_it_has_a_part_of_the_weights_and_costs_what_an_ordinary_one_does(group: Group) -> None:
     layer = GroupDepthwiseConv(group, 16, 7)

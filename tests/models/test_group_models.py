@@ -107,7 +107,9 @@ def test_every_part_of_every_parameter_learns(case: str) -> None:
     model = small_group_model(case).train()
     model(random_images(SQUARE)).square().sum().backward()
     idle = {key for key, parameter in model.named_parameters() if not parameter.grad.abs().max() > 0}
-    assert not idle and all(parameter.requires_grad for parameter in model.parameters())
+    # E(ConvNeXt)'s last block has an update of odd features, which the even head does not read.
+    assert idle == ({"blocks.2.mlp.fc2.odd.weight"} if case == "graded convnext_iso" else set())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @cases
@@ -164,8 +166,9 @@ def test_features_only_groups_and_decay(case: str) -> None:
     groups = group_parameters(model, model.group_matcher())
     assert {key for keys in groups.values() for key in keys} == names and len(groups) >= 5
     first = GROUPS[GROUP_CASES[case][2][0]]
-    assert model.no_weight_decay() - names == {"reg_token"}
-    assert {f"pos_embed.{irrep.name}" for irrep in first.irreps} <= model.no_weight_decay()
+    if MODELS[name].family == "vit":
+        assert model.no_weight_decay() - names == {"reg_token"}
+        assert {f"pos_embed.{irrep.name}" for irrep in first.irreps} <= model.no_weight_decay()
 
 
 @cases
@@ -210,12 +213,14 @@ def test_a_checkpoint_of_other_sizes_and_channels_is_adapted(case: str, tmp_path
     name, args, groups = GROUP_CASES[case]
     source, path = small_group_model(case, (32, 32)).float(), str(tmp_path / "weights.pth")
     torch.save(source.state_dict(), path)
-    sizes = SMALL[MODELS[name].family] | {"img_size": (18, 18), "patch_size": 6, "num_classes": 5, "in_chans": 1}
+    image, patch_size = ((18, 18), 6) if MODELS[name].family == "vit" else ((32, 32), 8)
+    sizes = SMALL[MODELS[name].family] | {"img_size": image, "patch_size": patch_size, "num_classes": 5, "in_chans": 1}
     model = timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay={"file": path, "num_classes": 5}, **sizes | args
     ).eval()
-    source.set_input_size((18, 18), patch_size=6)
-    x = random_images((18, 18), channels=1).float()
+    if patch_size != 8:
+        source.set_input_size(image, patch_size=patch_size)
+    x = random_images(image, channels=1).float()
     torch.testing.assert_close(model(x), source(x.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
     assert max(block_errors(model, x, groups[-1]).values()) < 1e-3 or groups[-1] == "trivial"
 
@@ -333,11 +338,18 @@ RATIOS = {
     "deit3_base_patch16_224": {"c2xc2": (3.41, 1.55), "d4": (4.25, 1.62)},
     "deit3_large_patch16_224": {"c2xc2": (3.55, 1.56), "d4": (4.51, 1.64)},
     "deit3_huge_patch14_224": {"c2xc2": (3.57, 1.56), "d4": (4.54, 1.64)},
+    "resmlp_12_224": {"c2xc2": (3.48, 1.57), "d4": (4.36, 1.65)},
+    "resmlp_24_224": {"c2xc2": (3.60, 1.57), "d4": (4.50, 1.65)},
+    "resmlp_base_24_224": {"c2xc2": (3.78, 1.58), "d4": (4.90, 1.66)},
+    "resmlp_large_24_224": {"c2xc2": (3.86, 1.59), "d4": (5.00, 1.67)},
+    "convnext_iso_small": {"c2xc2": (3.43, 1.55), "d4": (4.3, 1.62)},
+    "convnext_iso_base": {"c2xc2": (3.69, 1.57), "d4": (4.7, 1.65)},
+    "convnext_iso_large": {"c2xc2": (3.79, 1.58), "d4": (4.9, 1.66)},
 }
 
 
 @pytest.mark.parametrize("baseline", [
-    pytest.param(name, marks=[] if "small" in name else pytest.mark.slow) for name in RATIOS
+    pytest.param(name, marks=[] if "small" in name or "_12_" in name else pytest.mark.slow) for name in RATIOS
 ])  # fmt: skip
 def test_flop_ratios(baseline: str) -> None:
     names = [name for name in GROUP_MODELS if name.endswith(f"_{baseline}")]

@@ -27,12 +27,12 @@ from flopeq.layers.group.mlp import GroupGELU, GroupMlp
 from flopeq.layers.group.norm import GroupLayerNorm, GroupLayerScale
 from flopeq.layers.group.orbits import OrbitFields, OrbitTable, orbit_table
 from flopeq.layers.group.parts import add_residual, from_parts, to_parts
-from flopeq.layers.group.tokens import GridTokens, InvariantConstants, ReorderTokens, RestrictFeatures
+from flopeq.layers.group.tokens import FixedTable, GridTokens, InvariantConstants, ReorderTokens, RestrictFeatures
 
 __all__ = [
-    "GridTokens", "GroupAttention", "GroupDepthwiseConv", "GroupGELU", "GroupGridAffine", "GroupGridLinear",
-    "GroupGridMlp", "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp", "GroupPatchConv", "GroupPatchEmbed",
-    "GroupPosEmbed", "GroupResBlock", "GroupTokenMixing", "InvariantConstants", "OrbitFields", "OrbitTable",
-    "ReorderTokens", "RestrictFeatures", "add_residual", "check_patches", "check_square", "from_parts", "orbit_table",
-    "product_and_bias", "to_parts", "widen_scales",
+    "FixedTable", "GridTokens", "GroupAttention", "GroupDepthwiseConv", "GroupGELU", "GroupGridAffine",
+    "GroupGridLinear", "GroupGridMlp", "GroupLayerNorm", "GroupLayerScale", "GroupLinear", "GroupMlp",
+    "GroupPatchConv", "GroupPatchEmbed", "GroupPosEmbed", "GroupResBlock", "GroupTokenMixing", "InvariantConstants",
+    "OrbitFields", "OrbitTable", "ReorderTokens", "RestrictFeatures", "add_residual", "check_patches",
+    "check_square", "from_parts", "orbit_table", "product_and_bias", "to_parts", "widen_scales",
 ]  # fmt: skip

@@ -30,8 +30,9 @@ class GroupDepthwiseConv(nn.Module):
     |G| parts meets the same kernel k, transformed by its symmetry, and the same bias. The layer changes to the regular
     basis before the convolution and back after it.
 
-    Departs: E(ConvNeXt) has kernels that are symmetric or antisymmetric, and no change of basis (`FlopDepthwiseConv`,
-    sec. 4.3). A general kernel here is one of each at once, and the two-dimensional irrep needs no kernels of its own.
+    For the flop this is not the layer of E(ConvNeXt), whose kernels are either symmetric or antisymmetric and need no
+    change of basis (`FlopDepthwiseConv`, sec. 4.3). A kernel here has both parts, and the rows of a two-dimensional
+    irrep need no kernels of their own.
 
     Shape: (B, C, H, W) -> (B, C, H, W).
     Cost: kernel_size^2 multiply-adds per channel and position, as for nn.Conv2d, and two changes of basis. It has
@@ -62,11 +63,14 @@ class GroupDepthwiseConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Features are in channels-last layout, which is how the block's norm and linear layers read them.
-        regular = torch.cat(self.group.to_regular(self.group.split(x.permute(0, 2, 3, 1))), -1).permute(0, 3, 1, 2)
+        x = torch.cat(self.group.to_regular(self.group.split(x.permute(0, 2, 3, 1))), -1).permute(0, 3, 1, 2)
         bias = self.bias.repeat(self.group.order)
-        y = depthwise_conv2d(regular, self.kernel(), bias, self.kernel_size // 2, self.num_channels)
-        parts = self.group.from_regular(y.permute(0, 2, 3, 1).chunk(self.group.order, -1))
-        return self.group.join(parts).permute(0, 3, 1, 2)
+        y = depthwise_conv2d(x, self.kernel(), bias, self.kernel_size // 2, self.num_channels)
+        y = y.permute(0, 2, 3, 1)
+        copies = self.num_channels // self.group.order
+        # Slices, because torch.fx cannot iterate over the result of `chunk`.
+        regular = [y[..., index * copies : (index + 1) * copies] for index in range(self.group.order)]
+        return self.group.join(self.group.from_regular(regular)).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"{describe_parts(self.group, self.num_channels)}, kernel_size={self.kernel_size}"

@@ -18,19 +18,14 @@ from torch import Tensor, nn
 from flopeq.backends.attached import may_use_weights
 from flopeq.backends.onednn import linear_without_bias
 from flopeq.groups import Group, Parts
-from flopeq.layers.group.parts import describe_parts, multiplicities
+from flopeq.layers.group.parts import describe_parts, multiplicities, split_scales
 from flopeq.layers.group.tokens import GridTokens, InvariantConstants
 
 
-def widen_scales(group: Group, scales: Tensor, widths: list[int]) -> Tensor:
+def widen_scales(group: Group, scales: Tensor) -> Tensor:
     """Scales for all C channels from one for each occurrence of an irrep, because rows share their scales."""
-    parts = scales.split(widths)
-    return group.join(
-        tuple(
-            parts[i] if irrep.dim == 1 else parts[i].expand(irrep.dim, widths[i])
-            for i, irrep in enumerate(group.irreps)
-        )
-    )
+    parts = zip(group.irreps, split_scales(group, scales), strict=True)
+    return group.join(tuple(part if irrep.dim == 1 else part.expand(irrep.dim, -1) for irrep, part in parts))
 
 
 def product_and_bias(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,19 +50,22 @@ class GroupGridAffine(nn.Module):
 
     def __init__(self, tokens: GridTokens, num_channels: int, device=None, dtype=None) -> None:
         super().__init__()
-        self.group, self.widths = tokens.group, multiplicities(tokens.group, num_channels, "embed_dim")
-        self.alpha = nn.Parameter(torch.ones(1, 1, sum(self.widths), device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.zeros(1, 1, sum(self.widths), device=device, dtype=dtype))
+        self.group = tokens.group
+        num_scales = sum(multiplicities(tokens.group, num_channels, "embed_dim"))
+        self.alpha = nn.Parameter(torch.ones(1, 1, num_scales, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.zeros(1, 1, num_scales, device=device, dtype=dtype))
         self.constants = InvariantConstants(tokens, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        alpha = widen_scales(self.group, self.alpha.flatten(), self.widths)
-        beta = self.group.join(self.constants(self.beta.flatten().split(self.widths)))
+        alpha = widen_scales(self.group, self.alpha.flatten())
+        beta = self.group.join(self.constants(split_scales(self.group, self.beta.flatten())))
         return torch.addcmul(beta, alpha, x)
 
 
 class GroupGridLinear(nn.Module):
-    """Block diagonal linear map over channels with a bias on each pair of equal irreps. It generalizes `BiparityLinear`.
+    """Block diagonal linear map over channels, with a bias on each pair of equal irreps.
+
+    It generalizes `BiparityLinear`.
 
     Shape: parts of (B, N, in_features), tokens in places -> parts of (B, N, out_features).
     Cost: that of `GroupLinear`.
@@ -188,17 +186,18 @@ class GroupResBlock(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.group, self.widths = tokens.group, multiplicities(tokens.group, dim, "embed_dim")
+        self.group = tokens.group
+        num_scales = sum(multiplicities(tokens.group, dim, "embed_dim"))
         self.norm1 = GroupGridAffine(tokens, dim, **dd)
         self.linear_tokens = GroupTokenMixing(tokens, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = GroupGridAffine(tokens, dim, **dd)
         self.mlp_channels = GroupGridMlp(tokens, dim, int(dim * mlp_ratio), drop=drop, **dd)
-        self.ls1 = nn.Parameter(init_values * torch.ones(sum(self.widths), **dd))
-        self.ls2 = nn.Parameter(init_values * torch.ones(sum(self.widths), **dd))
+        self.ls1 = nn.Parameter(init_values * torch.ones(num_scales, **dd))
+        self.ls2 = nn.Parameter(init_values * torch.ones(num_scales, **dd))
 
     def forward(self, x: Tensor) -> Tensor:
-        ls1, ls2 = (widen_scales(self.group, scales, self.widths) for scales in (self.ls1, self.ls2))
+        ls1, ls2 = (widen_scales(self.group, scales) for scales in (self.ls1, self.ls2))
         x = x + self.drop_path(ls1 * self.linear_tokens(self.norm1(x)))
         update = self.group.join(self.mlp_channels(self.group.split(self.norm2(x))))
         return x + self.drop_path(ls2 * update)
