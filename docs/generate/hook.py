@@ -92,9 +92,8 @@ def _modules() -> list[str]:
     library = ROOT / "flopeq"
     names = {path.relative_to(library).with_suffix("") for path in library.rglob("*.py")}
     shown = {".".join(name.parts) for name in names if not name.name.startswith("_")}
-    return sorted(
-        {name for name in shown if not name.startswith(("layers.", "cli."))} | {"layers", "layers.group", "cli"}
-    )
+    below = {name for name in shown if not name.startswith(("layers.", "cli."))}
+    return sorted(below | {"layers", "layers.group", "cli"})
 
 
 def _library() -> str:

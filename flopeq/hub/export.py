@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_checkpoint, save_for_hf
 from torch import nn
 
-from flopeq.groups import TRIVIAL
+from flopeq.groups import C2XC2, D4, TRIVIAL
 from flopeq.hub.model_card import TrainedRun, failure_reason, render_card
+from flopeq.layers.group.orbits import size_of_fields
 from flopeq.measure.flops import complexity
 from flopeq.models.build import build
 from flopeq.models.variants import baseline_name
@@ -180,6 +181,11 @@ def _patch_shape(name: str, shapes: dict[str, list[int]]) -> tuple[int, ...] | N
     if f"{first_conv}.even" in shapes:
         _, channels, height, left = shapes[f"{first_conv}.even"]
         return channels, height, left + shapes[f"{first_conv}.odd"][3]
+    for group in (C2XC2, D4):
+        kernels = [shapes.get(f"{first_conv}.{irrep.name}") for irrep in group.irreps]
+        if all(kernels):
+            size = size_of_fields(group, tuple(kernel[2] for kernel in kernels if kernel))
+            return kernels[0][1], *size  # pyright: ignore[reportOptionalSubscript]
     return None
 
 

@@ -1,0 +1,49 @@
+"""Weights of networks for larger groups, in and out: export, and arguments that are inferred from tensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from flopeq.hub.convert import infer_args
+from flopeq.hub.export import export_model
+from tests.models.conftest import GROUP_CASES, random_images, small_group_model
+
+SIZES = {"embed_dim": 16, "depth": 3, "num_heads": 2, "init_values": 0.5}
+
+
+@pytest.mark.parametrize("case", [case for case in GROUP_CASES if case.endswith(" vit")])
+def test_an_exported_folder_loads_with_timm_and_its_card_names_the_group(case: str, tmp_path) -> None:
+    name, args, groups = GROUP_CASES[case]
+    model = small_group_model(case, (32, 32), patch_size=4).float()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    result = export_model(name, tmp_path / "out", checkpoint=tmp_path / "w.safetensors", img_size=32, **SIZES | args)
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    x = random_images((32, 32)).float()
+    assert torch.equal(again(x), model(x))
+    assert (result.equivariance_error < 1e-10) == (groups[-1] != "trivial")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "symmetries of the square" in card or "horizontal and vertical" in card
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["patch_size"] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("case", "head", "inferred"),
+    [
+        ("d4 vit", "power", {}),
+        ("d4 vit", "trivial", {"head": "trivial"}),
+        ("c2xc2 vit", "trivial", {"head": "trivial"}),
+        ("graded vit", "trivial", {}),
+        ("graded vit", "power", {"head": "power"}),
+        ("hybrid of d4 vit", None, {}),
+    ],
+)
+@pytest.mark.parametrize("image", [(32, 32), (40, 40)])
+def test_arguments_are_inferred_from_tensors(case: str, head: str | None, inferred: dict, image) -> None:
+    model = small_group_model(case, image, **{"head": head} if head else {})
+    found = infer_args(dict(model.state_dict()), GROUP_CASES[case][0])
+    assert found == {"num_classes": 5, "img_size": list(image)} | inferred
