@@ -21,7 +21,7 @@ class ModelInfo:
 
     @property
     def group(self) -> str | None:
-        """The name of the group in `flopeq.groups`, or None for X."""
+        """The name of the group in `flopeq.groups`, or None for X and S."""
         return _GROUPS[self.variant]
 
     @property
@@ -60,16 +60,12 @@ GROUP_VARIANTS = ("C2xC2", "H-C2xC2", "D4", "H-D4")
 ARGS_OF_SYMMETRY = ("num_flop_blocks", "num_group_blocks", "symmetry", "head", "octic_vits")
 """Arguments that X does not have."""
 
-GROUP_FAMILIES = ("vit", "resmlp", "convnext_iso")
-"""Families that have the variants for larger groups."""
-
-_GROUPS = {"X": None, "E": "c2", "H": "c2", "C2xC2": "c2xc2", "H-C2xC2": "c2xc2", "D4": "d4", "H-D4": "d4"}
+_GROUPS = {"X": None, "S": None, "E": "c2", "H": "c2", "C2xC2": "c2xc2", "H-C2xC2": "c2xc2", "D4": "d4", "H-D4": "d4"}
 
 MODELS: dict[str, ModelInfo] = {
     prefix + name: ModelInfo(prefix + name, paper if variant == "X" else f"{variant}({paper})", family, size, variant)
     for name, paper, family, size in BASELINES
     for variant, prefix in PREFIXES.items()
-    if variant not in GROUP_VARIANTS or family in GROUP_FAMILIES
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import flopeq  # noqa: F401  registers the models
-from flopeq.registry import GROUP_FAMILIES, GROUP_VARIANTS, MODELS, PREFIXES
+from flopeq.registry import GROUP_VARIANTS, MODELS, PREFIXES
 
 IMAGE = (16, 24)  # two rows and three columns of patches: in an odd grid the flop maps the middle column to itself
 
@@ -38,7 +38,7 @@ EVEN_SQUARE = (32, 32)
 
 GROUP_CASES = {  # a model of each kind, of three blocks, and the groups of its blocks
     f"{kind} {family}": (PREFIXES[variant] + FAMILIES[family], args, groups)
-    for family in GROUP_FAMILIES
+    for family in FAMILIES
     for kind, variant, args, groups in [
         ("c2xc2", "C2xC2", {}, ("c2xc2", "c2xc2", "c2xc2")),
         ("d4", "D4", {}, ("d4", "d4", "d4")),
