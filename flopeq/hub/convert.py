@@ -19,7 +19,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flopeq.groups import C2XC2, D4, Group
+from flopeq.groups import C2, C2XC2, D4, Group
 from flopeq.layers.group.orbits import size_of_fields
 from flopeq.models.build import build, did_you_mean
 from flopeq.registry import MODELS, describe
@@ -372,6 +372,11 @@ def _infer_group_args(tensors: Tensors, group: Group, stem: str) -> dict[str, An
         patch = size_of_fields(group, tuple(kernel.shape[-1] for kernel in kernels))
         args["img_size"] = [side * patch_side for side, patch_side in zip(grid, patch, strict=True)]
     num_features, num_trivial = tensors["head.weight"].shape[1], len(tensors["norm.bias"])
+    if stem == "stem":  # ConvNeXt, whose norm is that of the head
+        args["ls_init_value"] = 1e-6 if "blocks.0.gamma" in tensors else None
+        last = max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+        kernel = tensors.get(f"blocks.{last}.conv_dw.weight")  # E(ConvNeXt)'s has other names
+        num_trivial = num_channels // C2.order if kernel is None else len(kernel)
     order = num_channels // num_trivial  # of the last block's group
     if order > 1 and (num_features == num_trivial) != (order == 2):
         args["head"] = "trivial" if num_features == num_trivial else "power"
