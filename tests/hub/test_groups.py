@@ -47,3 +47,21 @@ def test_arguments_are_inferred_from_tensors(case: str, head: str | None, inferr
     model = small_group_model(case, image, **{"head": head} if head else {})
     found = infer_args(dict(model.state_dict()), GROUP_CASES[case][0])
     assert found == {"num_classes": 5, "img_size": list(image)} | inferred
+
+
+@pytest.mark.parametrize(
+    ("case", "head", "inferred"),
+    [
+        ("d4 convnext_iso", "power", {}),
+        ("d4 convnext_iso", "trivial", {"head": "trivial"}),
+        ("c2xc2 convnext_iso", "trivial", {"head": "trivial"}),
+        ("graded convnext_iso", "trivial", {}),
+        ("graded convnext_iso", "power", {"head": "power"}),
+        ("hybrid of d4 convnext_iso", None, {}),
+    ],
+)
+def test_arguments_of_a_convnext_are_inferred_from_tensors(case: str, head: str | None, inferred: dict) -> None:
+    for ls_init_value in (1e-6, None):
+        model = small_group_model(case, ls_init_value=ls_init_value, **{"head": head} if head else {})
+        found = infer_args(dict(model.state_dict()), GROUP_CASES[case][0])
+        assert found == {"num_classes": 5, "ls_init_value": ls_init_value} | inferred
