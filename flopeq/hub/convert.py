@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flopeq.hub.convert_octic import convert_octic_vit, is_octic
-from flopeq.hub.group_args import infer_group_args
+from flopeq.hub.group_args import STEMS, infer_group_args
 from flopeq.hub.tensor_source import Tensors, TensorSource, convert_linear, convert_vit_block
 from flopeq.models.build import build, did_you_mean
 from flopeq.registry import GROUP_VARIANTS, MODELS, describe
@@ -296,23 +296,24 @@ def convert_checkpoint(source: Path, model_name: str, target: Path) -> Tensors:
 
 
 def infer_args(tensors: Tensors, model_name: str) -> dict[str, Any]:
-    """Infers arguments of `timm.create_model` from the tensors. Assumes square images for ResMLPs.
-
-    With groups beyond the flop, only the number of classes is inferred for ResMLPs and ConvNeXts.
-    """
+    """Infers arguments of `timm.create_model` from the tensors. Assumes square images for ResMLPs."""
     info = MODELS[model_name]
     num_classes, num_features = tensors["head.weight"].shape
     args: dict[str, Any] = {"num_classes": num_classes}
     if info.variant in GROUP_VARIANTS:
-        args |= infer_group_args(tensors, model_name) if info.family == "vit" else {}
-        if info.family != "vit" or "img_size" in args:
+        args |= infer_group_args(tensors, model_name, info.family)
+        if "img_size" in args:
             return args
-    stem = {"vit": "patch_embed.proj", "resmlp": "stem.proj", "convnext_iso": "stem"}[info.family]
+    stem = STEMS[info.family]
+    if info.family == "convnext_iso":
+        args["ls_init_value"] = 1e-6 if "blocks.0.gamma" in tensors else None
+        if info.variant in GROUP_VARIANTS:
+            return args
     kernel = tensors[f"{stem}.even" if f"{stem}.even" in tensors else f"{stem}.weight"]
     if info.variant == "E" and num_features == 2 * len(kernel):
         args["head"] = "even+abs_odd"
     if info.family == "convnext_iso":
-        return args | {"ls_init_value": 1e-6 if "blocks.0.gamma" in tensors else None}
+        return args
     if "pos_embed.even" in tensors:
         even, odd = tensors["pos_embed.even"], tensors["pos_embed.odd"]
         grid = (even.shape[0], even.shape[1] + odd.shape[1])

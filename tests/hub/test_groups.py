@@ -40,6 +40,8 @@ def test_an_exported_folder_loads_with_timm_and_its_card_names_the_group(case: s
         ("graded vit", "trivial", {"symmetry": "d4:1,c2xc2:1,c2:1"}),
         ("graded vit", "power", {"symmetry": "d4:1,c2xc2:1,c2:1", "head": "power"}),
         ("hybrid of d4 vit", None, {}),
+        ("d4 resmlp", "power", {}),
+        ("c2xc2 resmlp", "trivial", {"head": "trivial"}),
     ],
 )
 @pytest.mark.parametrize("image", [(32, 32), (40, 40)])
@@ -55,8 +57,8 @@ def test_arguments_are_inferred_from_tensors(case: str, head: str | None, inferr
         ("d4 convnext_iso", "power", {}),
         ("d4 convnext_iso", "trivial", {"head": "trivial"}),
         ("c2xc2 convnext_iso", "trivial", {"head": "trivial"}),
-        ("graded convnext_iso", "trivial", {}),
-        ("graded convnext_iso", "power", {"head": "power"}),
+        ("graded convnext_iso", "trivial", {"symmetry": "d4:1,c2xc2:1,c2:1"}),
+        ("graded convnext_iso", "power", {"symmetry": "d4:1,c2xc2:1,c2:1", "head": "power"}),
         ("hybrid of d4 convnext_iso", None, {}),
     ],
 )
