@@ -11,17 +11,16 @@ from safetensors.torch import save_file
 
 from flopeq.hub.convert import infer_args
 from flopeq.hub.export import export_model
-from tests.models.conftest import GROUP_CASES, random_images, small_group_model
+from flopeq.registry import MODELS
+from tests.models.conftest import GROUP_CASES, SMALL, random_images, small_group_model
 
-SIZES = {"embed_dim": 16, "depth": 3, "num_heads": 2, "init_values": 0.5}
 
-
-@pytest.mark.parametrize("case", [case for case in GROUP_CASES if case.endswith(" vit")])
+@pytest.mark.parametrize("case", GROUP_CASES)
 def test_an_exported_folder_loads_with_timm_and_its_card_names_the_group(case: str, tmp_path) -> None:
     name, args, groups = GROUP_CASES[case]
-    model = small_group_model(case, (32, 32), patch_size=4).float()
+    model, sizes = small_group_model(case, (32, 32), patch_size=4).float(), SMALL[MODELS[name].family]
     save_file(model.state_dict(), tmp_path / "w.safetensors")
-    result = export_model(name, tmp_path / "out", checkpoint=tmp_path / "w.safetensors", img_size=32, **SIZES | args)
+    result = export_model(name, tmp_path / "out", checkpoint=tmp_path / "w.safetensors", img_size=32, **sizes | args)
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = random_images((32, 32)).float()
     assert torch.equal(again(x), model(x))
