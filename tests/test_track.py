@@ -243,11 +243,17 @@ def test_final_metrics_and_artifacts_come_later_through_run_json(
     (folder / "weights.safetensors").write_bytes(b"weights")
     track.log_results(
         track.find_run_id("vit"),
-        {"complexity/params_m": 0.15, "perf/peak_mem_mb": None, "equivariance/max_rel_error": math.nan},
+        {
+            "complexity/params_m": 0.15,
+            "best/top1_pct": 85.94000000000001,  # rounding noise, which the UI would show
+            "perf/peak_mem_mb": None,
+            "equivariance/max_rel_error": math.nan,
+        },
         [folder / "weights.safetensors"],
     )
     run = client.get_run(run_id)
     assert run.data.metrics["complexity/params_m"] == 0.15 and "perf/peak_mem_mb" not in run.data.metrics
+    assert run.data.metrics["best/top1_pct"] == 85.94
     assert math.isnan(run.data.metrics["equivariance/max_rel_error"])
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["weights.safetensors"]
     assert list(Path("mlartifacts").rglob("weights.safetensors"))
