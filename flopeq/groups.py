@@ -225,8 +225,9 @@ def _d4_copies(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor, e: Tensor) -> tup
 def _d4_from_copies(copy: Parts, turned: Parts) -> Parts:
     (ee, eo, oe, oo), (ee_turned, eo_turned, oe_turned, oo_turned) = copy, turned
     (a1, b1), (b2, a2) = butterfly(ee, ee_turned), butterfly(oo, oo_turned)
-    first_row, second_row = torch.cat((oe, oe_turned), -1), torch.cat((eo_turned, eo), -1)
-    return a1, a2, b1, b2, torch.stack((first_row, second_row), -2)
+    # One concatenation of all quarters compiles into no copy. Stacking two rows compiles into a copy of each.
+    e = torch.cat((oe, oe_turned, eo_turned, eo), -1)
+    return a1, a2, b1, b2, e.unflatten(-1, (2, 2 * oe.shape[-1]))
 
 
 _PLUS, _MINUS = ((1,),), ((-1,),)

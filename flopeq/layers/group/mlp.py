@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,8 +29,12 @@ class GroupGELU(nn.Module):
         self.group = group
 
     def forward(self, x: Tensor | Parts) -> Tensor | Parts:
-        regular = self.group.to_regular(to_parts(self.group, x))
-        return from_parts(self.group, self.group.from_regular([F.gelu(part) for part in regular]), like=x)
+        regular = [F.gelu(part) for part in self.group.to_regular(to_parts(self.group, x))]
+        if any(irrep.dim > 1 for irrep in self.group.irreps):
+            # Parts of two widths compile into two loops. Without one tensor between them, both compute every GELU.
+            copies, joined = regular[0].shape[-1], torch.cat(regular, -1)
+            regular = [joined[..., index * copies : (index + 1) * copies] for index in range(self.group.order)]
+        return from_parts(self.group, self.group.from_regular(regular), like=x)
 
     def extra_repr(self) -> str:
         return self.group.name
