@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -55,13 +56,20 @@ def test_runs_that_are_not_trained_are_counted_without_a_warning(project, caplog
     assert not caplog.records
 
 
-def test_a_symmetrized_run_needs_the_training_of_its_weights_only(project, monkeypatch):
+@pytest.mark.parametrize(
+    ("status", "evaluated"), [(0, ["symmetrize@vit-sym", "evaluate@e-vit"]), (1, ["evaluate@e-vit"])]
+)
+def test_a_symmetrized_run_needs_the_training_of_its_weights_only(project, monkeypatch, status, evaluated):
     params = read_yaml(Path("params.yaml")) | {"symmetrized": {"vit-sym": {"weights_of": "vit", "group": "flop"}}}
     Path("params.yaml").unlink()
     Path("params.yaml").write_text(dump_yaml(params))
-    started = []
+    trained, targets = [], []
+    outdated = json.dumps({f"train@{name}": [] for name in ("vit", "e-vit", "resmlp")})
     monkeypatch.setattr(repro.subprocess, "run", lambda *_: subprocess.CompletedProcess([], 1))  # it is out of date
-    monkeypatch.setattr(repro, "_run_pipeline", lambda _, names, targets: started.append((names, targets)))
+    monkeypatch.setattr(repro.subprocess, "check_output", lambda *_: outdated)
+    monkeypatch.setattr(repro.cluster, "local_cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(repro.train_all, "train_runs", lambda names, _: trained.extend(names) or {"vit": status})
+    monkeypatch.setattr(repro, "_try_dvc", lambda *words: targets.extend(words[2:]) or [])
     for module, name in (
         (repro.check, "run"),
         (repro, "check_git"),
@@ -69,8 +77,10 @@ def test_a_symmetrized_run_needs_the_training_of_its_weights_only(project, monke
         (repro.report, "print_report"),
     ):
         monkeypatch.setattr(module, name, lambda *_: None)
-    repro.run("--runs", "vit-sym", "vit")
-    assert started == [(["vit"], ["symmetrize@vit-sym", "evaluate@vit"])]
+    with pytest.raises(SystemExit) if status else nullcontext():
+        repro.run("--runs", "vit-sym", "e-vit")
+    assert trained == ["vit", "e-vit"]
+    assert targets == evaluated
 
 
 @pytest.mark.parametrize(("compile", "action"), [(True, "compiling and warming up"), (False, "warming up")])
