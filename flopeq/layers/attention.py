@@ -25,7 +25,25 @@ def check_not_causal(is_causal: bool) -> None:
         raise ValueError("a causal mask distinguishes left from right: such attention does not commute with the flop")
 
 
-class FlopAttention(nn.Module):
+class HeadAttention(nn.Module):
+    """What happens inside the heads, which layers of every group share."""
+
+    fused_attn: bool
+    attn_drop: nn.Dropout
+    head_dim: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
+        """softmax(q k^T / sqrt d + mask) v with dropout of the attention weights. Shape: (B, h, N, d) -> the same."""
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.training else 0.0
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        return self.attn_drop(scores.softmax(dim=-1)) @ v
+
+
+class FlopAttention(HeadAttention):
     """Self-attention with invariant scores: q.k = q_even.k_even + q_odd.k_odd (eq. 4).
 
     It replaces timm's `Attention`. Every head has as many even channels as odd ones.
@@ -76,14 +94,7 @@ class FlopAttention(nn.Module):
         thirds = (q_even, q_odd), (k_even, k_odd), (v_even, v_odd)
         q, k, v = (join(*halves).transpose(1, 2) for halves in thirds)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.fused_attn:
-            dropout = self.attn_drop.p if self.training else 0.0
-            x_BhNd = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        else:
-            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            if attn_mask is not None:
-                scores = scores + attn_mask
-            x_BhNd = self.attn_drop(scores.softmax(dim=-1)) @ v
+        x_BhNd = self.attend(q, k, v, attn_mask)
         even, odd = (part.transpose(1, 2).flatten(2) for part in split(x_BhNd))
         even, odd = self.proj(call_unless_identity(self.norm, (even, odd)))
         return from_halves((self.proj_drop(even), self.proj_drop(odd)), like=x)

@@ -30,7 +30,7 @@ from flopeq.models.symmetry import (
     GroupHead,
     block_groups,
     check_group_head,
-    default_head,
+    flop_arguments,
     format_symmetry,
     parse_symmetry,
 )
@@ -188,9 +188,7 @@ def _create(
     check_group_head(head, groups[-1])
     if groups[0] in (TRIVIAL, C2):
         model_class = ConvNeXtIso
-        kwargs["num_flop_blocks"] = groups.count(C2)
-        if groups[-1] is C2:
-            kwargs["head"] = {"trivial": "even", "power": "even+abs_odd"}[head or default_head(C2)]
+        kwargs |= flop_arguments(groups, head)
     else:
         model_class = GroupConvNeXtIso
         kwargs |= {"symmetry": format_symmetry(groups), "head": head}

@@ -33,7 +33,7 @@ from flopeq.models.symmetry import (
     GroupHead,
     block_groups,
     check_group_head,
-    default_head,
+    flop_arguments,
     format_symmetry,
     parse_symmetry,
 )
@@ -221,9 +221,7 @@ def _create(
     groups = block_groups(name, kwargs["num_blocks"], symmetry, num_group_blocks)
     check_group_head(head, groups[-1])
     if groups[0] in (C2, TRIVIAL):
-        if groups[-1] is C2:
-            kwargs["head"] = {"trivial": "even", "power": "even+abs_odd"}[head or default_head(C2)]
-        return create_flop_mixer(name, pretrained, groups.count(C2), **kwargs)
+        return create_flop_mixer(name, pretrained, **flop_arguments(groups, head), **kwargs)
     return build_model_with_cfg(
         GroupMlpMixer,
         name,

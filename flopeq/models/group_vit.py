@@ -34,7 +34,7 @@ from flopeq.models.symmetry import (
     RestrictsFirst,
     block_groups,
     check_group_head,
-    default_head,
+    flop_arguments,
     format_symmetry,
     parse_symmetry,
 )
@@ -287,9 +287,7 @@ def _create(
         model_class = VisionTransformer
     elif groups[0] is C2:
         model_class = FlopVisionTransformer
-        kwargs["num_flop_blocks"] = groups.count(C2)
-        if groups[-1] is C2:
-            kwargs["head"] = {"trivial": "even", "power": "even+abs_odd"}[head or default_head(C2)]
+        kwargs |= flop_arguments(groups, head)
     else:
         model_class = GroupVisionTransformer
         kwargs |= {"symmetry": format_symmetry(groups), "head": head}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flopeq.groups import GROUPS, TRIVIAL, Group
+from flopeq.groups import C2, GROUPS, TRIVIAL, Group
 from flopeq.models.variants import InvariantHead
 from flopeq.registry import MODELS
 
@@ -128,3 +128,11 @@ def check_group_head(head: str | None, group: Group) -> None:
 def default_head(group: Group) -> str:
     """The head that a network has whose last block has this group."""
     return "power" if group.order > 2 else "trivial"
+
+
+def flop_arguments(groups: Sequence[Group], head: str | None) -> dict[str, Any]:
+    """The arguments with which X, E or H is the network of blocks of C2 and ordinary ones: its split, and E's head."""
+    args: dict[str, Any] = {"num_flop_blocks": groups.count(C2)}
+    if groups[-1] is C2:
+        args["head"] = {"trivial": "even", "power": "even+abs_odd"}[head or default_head(C2)]
+    return args

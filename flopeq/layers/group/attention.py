@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import use_fused_attn
 from torch import Tensor, nn
 
 from flopeq.groups import Group, Parts
-from flopeq.layers.attention import check_not_causal
+from flopeq.layers.attention import HeadAttention, check_not_causal
 from flopeq.layers.group.linear import GroupLinear
 from flopeq.layers.group.norm import GroupLayerNorm
 from flopeq.layers.group.parts import describe_parts, from_parts, to_parts
@@ -21,7 +20,7 @@ from flopeq.layers.halves import call_unless_identity
 torch.fx.wrap("check_not_causal")  # a wrapped function is known in its own module only
 
 
-class GroupAttention(nn.Module):
+class GroupAttention(HeadAttention):
     """Self-attention with invariant scores: q.k is the sum of the products over all irreps and rows.
 
     Every head holds all irreps in the proportion of the features.
@@ -77,14 +76,7 @@ class GroupAttention(nn.Module):
         # Writes the rows directly into the heads. Their gradients take the same way back, without another copy.
         q, k, v = (torch.cat([row[:, :, third] for row in rows], -1).transpose(1, 2) for third in range(3))
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.fused_attn:
-            dropout = self.attn_drop.p if self.training else 0.0
-            x_BhNd = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        else:
-            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            if attn_mask is not None:
-                scores = scores + attn_mask
-            x_BhNd = self.attn_drop(scores.softmax(dim=-1)) @ v
+        x_BhNd = self.attend(q, k, v, attn_mask)
         heads = zip(self.group.irreps, self.group.split(x_BhNd), strict=True)
         # (B, h, N, d/|G|) -> (B, N, C/|G|), and (B, h, N, 2, d/4) -> (B, N, 2, C/4)
         parts = tuple(part.movedim(1, 2 if irrep.dim == 1 else 3).flatten(-2) for irrep, part in heads)
