@@ -215,6 +215,8 @@ def _train_with_ray_train(task: Any, folder: TrialDirectory, config: Mapping[str
     from pipeline.training import report_log, trainer, worker
 
     settings = task.experiment.train
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.history_file.touch()
     outcome = (
         trainer.SigintSafeTrainer(
             lambda: worker.train_loop_per_worker(task),

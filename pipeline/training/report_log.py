@@ -7,9 +7,10 @@ ours: that saves it from importing torch and timm, which takes seconds at every 
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ _POLL_S = 0.2
 
 
 class ReportLog(UserCallback):
-    """Writes the reports of rank 0 and the errors of failed ranks to a file, one JSON object per line."""
+    """Writes the reports of rank 0 and the errors of failed ranks to an existing file, one JSON object per line.
+
+    The controller outlives a driver that is interrupted. What it has to say then, to a file that is gone, is lost.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,7 +40,8 @@ class ReportLog(UserCallback):
         self._write({"failed": {rank: _summarize_error(error) for rank, error in sorted(worker_exceptions.items())}})
 
     def _write(self, entry: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
+        with suppress(FileNotFoundError), self.path.open("r+") as file:
+            file.seek(0, os.SEEK_END)
             file.write(json.dumps(entry) + "\n")
 
 
