@@ -376,7 +376,11 @@ def test_flops_at_full_depth_are_those_of_the_whole_network() -> None:
 
 
 def flops_at_full_depth(name: str) -> int:
-    """FLOPs of a network, extrapolated from those at depth 2 and 4: they are affine in the depth."""
-    depth = "num_blocks" if "resmlp" in name else "depth"
-    two, four = (complexity(build(name, device="meta", **{depth: blocks}), (3, 224, 224)).flops for blocks in (2, 4))
-    return two + (four - two) // 2 * (len(build(name, device="meta").blocks) - 2)
+    """FLOPs of a network, extrapolated from those of its two and four middle blocks: a quarter of the time to count."""
+    model = build(name, device="meta")
+    blocks, middle = model.blocks, len(model.blocks) // 2
+    counted = []
+    for reach in (1, 2):
+        model.blocks = blocks[middle - reach : middle + reach]
+        counted.append(complexity(model, (3, 224, 224)).flops)
+    return counted[0] + (counted[1] - counted[0]) * (len(blocks) - 2) // 2
