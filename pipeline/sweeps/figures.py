@@ -102,7 +102,8 @@ def draw_hybrid_sweep(folder: Path) -> list[RenderedFigure]:
                 "sweep_pareto",
                 "Split sweep: accuracy against FLOPs",
                 "Validation top-1 by FLOPs for every number k of equivariant blocks and every choice of groups by "
-                "depth: the mean over the seeds, bars from the lowest to the highest. Filled points and the line are the Pareto front of their family.",
+                "depth: the mean over the seeds, bars from the lowest to the highest. Filled points and the line are "
+                "the Pareto front of their family.",
                 _plot_front(rows),
                 [{**row, "top1": " ".join(map(str, row["top1"]))} for row in rows],
             )
