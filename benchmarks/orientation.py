@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
-    """What the predictions depend on, beside the code."""
+    """What to train. Families and seeds can be added to an earlier run in OUT; other changes need another OUT."""
 
     families: Sequence[str] = ("convnext",)
     """Runs of the preset."""
@@ -147,7 +147,8 @@ def main() -> None:
 def measure(pictures: Path, fashion_mnist: Path, out: Path, settings: Settings) -> list[Row]:
     """Trains every network that `out` has no predictions of, and returns the accuracies."""
     experiment = load_experiment(PRESET)
-    saved = SavedPredictions(out / "predictions.npz", settings._asdict())
+    shared = {name: value for name, value in settings._asdict().items() if name not in ("families", "seeds")}
+    saved = SavedPredictions(out / "predictions.npz", shared)
     networks = list(product(DATA_SETS, settings.families, VARIANTS))
     units = [(*network, seed) for seed in range(settings.seeds) for network in networks]
     missing = [unit for unit in units if _name(*unit) not in saved]

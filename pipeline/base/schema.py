@@ -21,8 +21,8 @@ class Data(Section):
     """Name of the data set. Its shards are written to `data/shards/<name>`."""
     source: str
     """Path of the images: a folder with ImageNet's archives, Kaggle's folder or zip, a folder tree
-    `{train,val}/<class>/*`, class folders `<class>/*`, a folder with IDX files (the MNIST family), or a folder or fsspec URL with existing
-    WebDataset shards. Relative paths start at the root of the repository."""
+    `{train,val}/<class>/*`, class folders `<class>/*`, a folder with IDX files (the MNIST family), or a folder or
+    fsspec URL with existing WebDataset shards. Relative paths start at the root of the repository."""
     source_hint: str | None = None
     """How to get the images. It ends the error about a missing `source`."""
     labels: Literal["own", "imagenet"]
