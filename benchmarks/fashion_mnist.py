@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,18 +31,24 @@ class LabelledImages:
     """(N,) int64."""
 
 
-def load_images(folder: Path, split: str, count: int, config: Mapping[str, Any]) -> LabelledImages:
-    """Loads the first `count` images of `train` or `val`, normalized with mean and std of a run's config.yaml."""
+def load_pixels(folder: Path, split: str, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Loads the first `count` images of `train` or `val`, (N, 28, 28), and their labels, (N,)."""
     prefix = {"train": "train", "val": "t10k"}[split]
     names = [name for name, _ in IdxFiles(folder).list_files()]
     pixels, labels = (
-        torch.tensor(read_idx(folder / name, kind)[:count])
+        read_idx(folder / name, kind)[:count]
         for kind in ("images", "labels")
         for name in names
         if name.startswith(f"{prefix}-{kind}")
     )
+    return np.array(pixels), np.array(labels, np.int64)
+
+
+def load_images(folder: Path, split: str, count: int, config: Mapping[str, Any]) -> LabelledImages:
+    """Loads the same images, normalized with mean and std of a run's config.yaml."""
+    pixels, labels = map(torch.from_numpy, load_pixels(folder, split, count))
     mean, std = (torch.tensor(config["data"][key]).view(3, 1, 1) for key in ("mean", "std"))
-    return LabelledImages((pixels[:, None] / 255 - mean) / std, labels.long())
+    return LabelledImages((pixels[:, None] / 255 - mean) / std, labels)
 
 
 def load_network(folder: Path) -> tuple[nn.Module, Mapping[str, Any]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,7 +13,7 @@ class ModelInfo:
     """A model of the study.
 
     `variant` is X (baseline), E or H (equivariant or hybrid, for the flop), or the same for a larger group: C2xC2 or
-    H-C2xC2, D4 or H-D4. S is X symmetrized.
+    H-C2xC2, D4 or H-D4. S is X symmetrized. A network whose argument `symmetry` gives every block its group is graded.
     """
 
     model: str
@@ -21,7 +24,7 @@ class ModelInfo:
 
     @property
     def group(self) -> str | None:
-        """The name of the group in `flopeq.groups`, or None for X and S."""
+        """The name of the group in `flopeq.groups`, or None for X, S and graded networks."""
         return _GROUPS[self.variant]
 
     @property
@@ -60,7 +63,10 @@ GROUP_VARIANTS = ("C2xC2", "H-C2xC2", "D4", "H-D4")
 ARGS_OF_SYMMETRY = ("num_flop_blocks", "num_group_blocks", "symmetry", "head", "octic_vits")
 """Arguments that X does not have."""
 
-_GROUPS = {"X": None, "S": None, "E": "c2", "H": "c2", "C2xC2": "c2xc2", "H-C2xC2": "c2xc2", "D4": "d4", "H-D4": "d4"}
+_GROUPS = {
+    "X": None, "S": None, "graded": None, "E": "c2", "H": "c2", "C2xC2": "c2xc2", "H-C2xC2": "c2xc2", "D4": "d4",
+    "H-D4": "d4",
+}  # fmt: skip
 
 MODELS: dict[str, ModelInfo] = {
     prefix + name: ModelInfo(prefix + name, paper if variant == "X" else f"{variant}({paper})", family, size, variant)
@@ -69,12 +75,18 @@ MODELS: dict[str, ModelInfo] = {
 }
 
 
-def describe(model: str, *, symmetrized: bool = False) -> ModelInfo | None:
-    """The model of the study with this name, or None for a model outside the study.
+def describe(
+    model: str, args: Mapping[str, Any] = MappingProxyType({}), *, symmetrized: bool = False
+) -> ModelInfo | None:
+    """The model of the study with this name and these arguments, or None for a model outside the study.
 
-    If `symmetrized`, it is S(X): the model, averaged over a group of symmetries (`flopeq.symmetrize`).
+    With the argument `symmetry` the network is graded, and its paper name has the groups: "d4:4,c2:8(ViT-S)". If
+    `symmetrized`, it is S(X): the model, averaged over a group of symmetries (`flopeq.symmetrize`).
     """
     info = MODELS.get(model)
-    if info is None or not symmetrized:
-        return info
-    return replace(info, paper_name=f"S({info.paper_name})", variant="S")
+    if info is None:
+        return None
+    if symmetry := args.get("symmetry"):
+        baseline = MODELS[model.removeprefix(PREFIXES[info.variant])]
+        info = replace(info, paper_name=f"{symmetry}({baseline.paper_name})", variant="graded")
+    return replace(info, paper_name=f"S({info.paper_name})", variant="S") if symmetrized else info

@@ -24,7 +24,7 @@ def equivariance_error(model: nn.Module, images: Tensor, group: str | Iterable[S
     and device of the model.
     Raises: ValueError if the group transposes and the images are not square.
     """
-    return _largest(_logit_errors(model, images, group).values())
+    return largest_error(_logit_errors(model, images, group).values())
 
 
 def block_errors(model: nn.Module, images: Tensor, group: str | Iterable[Symmetry] = "flop") -> dict[str, float]:
@@ -36,7 +36,18 @@ def block_errors(model: nn.Module, images: Tensor, group: str | Iterable[Symmetr
     feature types (X) gives no entries.
     Raises: ValueError as `equivariance_error` does.
     """
-    return {name: _largest(errors.values()) for name, errors in _block_errors(model, images, group).items()}
+    return {name: largest_error(errors.values()) for name, errors in _block_errors(model, images, group).items()}
+
+
+def errors_by_symmetry(
+    model: nn.Module, images: Tensor, group: str | Iterable[Symmetry] = "flop"
+) -> dict[str, dict[Symmetry, float]]:
+    """The errors of each block and of the logits under each symmetry of a group but the identity.
+
+    The keys are those of `block_errors`, and `logits`. Blocks have no entry for a symmetry that is not tried on them.
+    Raises: ValueError as `equivariance_error` does.
+    """
+    return _block_errors(model, images, group) | {"logits": _logit_errors(model, images, group)}
 
 
 def assert_equivariant(
@@ -47,7 +58,7 @@ def assert_equivariant(
     1e-10 suits float64; use about 1e-4 in float32. Ordinary blocks of a hybrid, and hence its logits, break it. So do
     blocks of a smaller group than `group`.
     """
-    errors = _block_errors(model, images, group) | {"logits": _logit_errors(model, images, group)}
+    errors = errors_by_symmetry(model, images, group)
     checks = [(name, g, error) for name, by_symmetry in errors.items() for g, error in by_symmetry.items()]
     broken = [check for check in checks if not check[2] <= tol]
     if broken:
@@ -66,6 +77,17 @@ def feature_groups(model: nn.Module) -> list[Group]:
         assert isinstance(blocks, nn.Sequential)
         return [C2 if index < num_flop_blocks else TRIVIAL for index in range(len(blocks))]
     return list(getattr(model, "block_groups", ()))
+
+
+def network_group(model: nn.Module) -> Group:
+    """The group of the first block's features, which is the largest that the network has. The trivial one for X."""
+    return next(iter(feature_groups(model)), TRIVIAL)
+
+
+def logit_group(model: nn.Module) -> Group:
+    """The group under which the logits are invariant by construction: the trivial one for X and most hybrids."""
+    groups = feature_groups(model)
+    return getattr(model, "logit_group", groups[-1] if groups else TRIVIAL)
 
 
 @torch.no_grad()
@@ -104,6 +126,6 @@ def _symmetries(group: str | Iterable[Symmetry], images: Tensor) -> list[Symmetr
     return [g for g in elements if g != IDENTITY]
 
 
-def _largest(errors: Iterable[float]) -> float:
-    """The largest of some errors, nan if one is."""
+def largest_error(errors: Iterable[float]) -> float:
+    """The largest of some errors; nan if one of them is, and 0 if there are none."""
     return torch.tensor([0.0, *errors], dtype=torch.float64).amax().item()

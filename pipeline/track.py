@@ -317,9 +317,10 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _run_tags(experiment: Experiment, run_name: str) -> dict[str, str]:
-    info = describe(experiment.run(run_name).model, symmetrized=run_name in experiment.symmetrized)
+    run = experiment.run(run_name)
+    info = describe(run.model, run.args, symmetrized=run_name in experiment.symmetrized)
     known = {key: getattr(info, key) for key in ("paper_name", "family", "size", "variant")} if info else {}
-    name, recipe = info.paper_name if info else experiment.run(run_name).model, experiment.run(run_name).recipe
+    name, recipe = info.paper_name if info else run.model, run.recipe
     if info is None and run_name in experiment.symmetrized:
         known, name = {"variant": "S"}, f"S({name})"
     seed = str(experiment.seed_of(run_name))

@@ -16,7 +16,7 @@ def run() -> None:
     from flopeq.models.build import ModelError
     from pipeline.evaluation import validation_sets
     from pipeline.evaluation.networks import build_network
-    from pipeline.sweeps import search_space
+    from pipeline.sweeps import search_space, splits
     from pipeline.training import device_settings, recipe
 
     validation_sets.check_further_sets(experiment.data)
@@ -40,7 +40,7 @@ def run() -> None:
     try:
         search_space.check_search_space(experiment)
         for name in experiment.sweeps.hybrid.runs:
-            search_space.splits_to_try(experiment, name)
+            splits.splits_to_try(experiment, name)
     except ConfigError as error:
         raise ConfigError(f"params.yaml: {error}") from None
 

@@ -66,7 +66,7 @@ def complexity(words: ModelWords, image_size: ImageSize = None, as_json: Json = 
         "equivariance flop_deit3_small_patch16_224",
         "equivariance flop_convnext_iso_small num_classes=10 checkpoint_path=weights.safetensors",
         "equivariance flop_resmlp_24_224 --dtype float32 --json",
-        "equivariance octic_deit3_small_patch16_224 --group d4",
+        "equivariance octic_deit3_small_patch16_224 symmetry=d4:6,c2:6",
     )
 )
 def equivariance(
@@ -77,12 +77,17 @@ def equivariance(
     ] = "float64",
     seed: Annotated[int, typer.Option(help="Seed of weights and images.")] = 0,
     group: Annotated[
-        str, typer.Option(metavar="GROUP", help="Symmetries to try: flop, c2xc2, d4, or others of the square.")
-    ] = "flop",
+        str | None,
+        typer.Option(
+            metavar="GROUP",
+            help="Symmetries to try: flop, c2xc2, d4, or others of the square. The default is the group of the model's "
+            "first block, and the flop for models without one.",
+        ),
+    ] = None,
     image_size: ImageSize = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the equivariance error of the logits and of every block's features.
+    """Measure the equivariance error of the logits and of every block's features, under each symmetry.
 
     The command compares two random images with their flops, or with their copies under a larger group. Errors are
     relative to the largest value. For an equivariant network they are rounding errors. Freshly initialized weights are
@@ -90,8 +95,9 @@ def equivariance(
     """
     import torch
 
+    from flopeq.groups import TRIVIAL
     from flopeq.models.build import build
-    from flopeq.testing import block_errors, equivariance_error
+    from flopeq.testing import errors_by_symmetry, largest_error, network_group
 
     names, args = parse_model_args(words)
     torch_device = select_device(device)
@@ -103,20 +109,25 @@ def equivariance(
             _add_noise(model)
         size = input_size(model, args, image_size)
         images_BCHW = torch.randn(2, *size).to(torch_device, getattr(torch, dtype))
-        rows.append(
-            {
-                "model": name,
-                "max_rel_error": equivariance_error(model, images_BCHW, group),
-                "blocks": block_errors(model, images_BCHW, group),
-            }
-        )
+        own_group = network_group(model)
+        tried = group or ("flop" if own_group is TRIVIAL else own_group.name)
+        errors = {
+            part: {str(g): error for g, error in by_symmetry.items()}
+            for part, by_symmetry in errors_by_symmetry(model, images_BCHW, tried).items()
+        }
+        largest = {part: largest_error(by_symmetry.values()) for part, by_symmetry in errors.items()}
+        rows.append({"model": name, "max_rel_error": largest.pop("logits"), "blocks": largest, "symmetries": errors})
     if as_json:
         print_rows(rows, as_json)
         return
     for row in rows:
-        errors = {"logits": row["max_rel_error"]} | row["blocks"]
         print_line(row["model"])
-        print_rows([{"": part, "error": f"{error:.1e}"} for part, error in errors.items()], as_json)
+        parts = {"logits": row["symmetries"].pop("logits")} | row["symmetries"]
+        table = [
+            {"": part, **{g: f"{errors[g]:.1e}" if g in errors else "" for g in parts["logits"]}}
+            for part, errors in parts.items()
+        ]
+        print_rows(table, as_json)
 
 
 ExportWords = Annotated[

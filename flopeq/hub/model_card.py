@@ -11,10 +11,13 @@ from typing import Any
 import timm
 import torch
 
+from flopeq.groups import C2, C2XC2, D4, TRIVIAL, Group
 from flopeq.measure.comparison import flopeq_version
 from flopeq.measure.paper import strip_size, table1
+from flopeq.models.build import build
 from flopeq.models.variants import baseline_name
 from flopeq.registry import ModelInfo, describe
+from flopeq.testing import logit_group
 
 Formatter = Callable[[float], str]
 
@@ -26,6 +29,9 @@ BIBTEX = """@inproceedings{bokman2025flopping,
 }"""
 
 FAMILIES = {"vit": "vision transformer (DeiT III)", "resmlp": "ResMLP", "convnext_iso": "isotropic ConvNeXt"}
+
+FLOAT64_ERROR = "equivariance/float64_error"
+"""Prefix of the metrics of `flopeq.hub.export.measure_equivariance_errors`; a symmetry's name follows."""
 
 _PERCENT, _RATIO, _ERROR = "{:.1f} %".format, "{:.2f}".format, "{:.1e}".format
 
@@ -84,14 +90,14 @@ def render_card(
 
     Args:
         metrics: measured values of the network, under the names of the report's metrics.json, and
-            `equivariance/float64_error` from `flopeq.hub.export.measure_equivariance_error`.
+            `equivariance/float64_error/<symmetry>` from `flopeq.hub.export.measure_equivariance_errors`.
         weights: origin of the weights.
         conditions: conditions of the throughput measurement.
         run_folder: folder of a run that is not exported yet, for which the card shows the `flopeq export` command;
             None if the card is part of an exported folder.
     """
     symmetrize = run.config.get("symmetrize") if run else None
-    info = describe(name, symmetrized=symmetrize is not None)
+    info = describe(name, args, symmetrized=symmetrize is not None)
     title = info.paper_name if info else f"S({name})" if symmetrize else name
     if info and not _has_paper_size(args):  # E(ViT), not E(ViT-S)
         title = strip_size(title)
@@ -108,7 +114,7 @@ def render_card(
         "## Use",
         _usage_section(run_folder, symmetrize),
         "## Intended use",
-        _intended_use_section(name, run, symmetrize),
+        _intended_use_section(_find_logit_group(name, args), run, symmetrize),
         "## Source and licence",
         _license_section(license),
         f"```bibtex\n{BIBTEX}\n```",
@@ -195,7 +201,11 @@ def _metrics_table(
         "complexity/flop_ratio": (f"FLOPs of X, `{baseline_name(name)}`, over these", _RATIO),
         "perf/forward_img_per_s": (f"images/s forward ({conditions})", "{:,.0f}".format),
         "perf/throughput_ratio": ("images/s over those of X", _RATIO),
-        "equivariance/float64_error": ("equivariance error of the logits, float64, two random images", _ERROR),
+        **{
+            key: (f"equivariance error of the logits under the {g}, float64, two random images", _ERROR)
+            for key in metrics
+            if (g := key.removeprefix(f"{FLOAT64_ERROR}/")) != key
+        },
         "difference/to_x_pct": ("top-1 minus that of X, same images", _POINTS),
         "difference/to_x_mcnemar_p": ("McNemar's exact test of that difference, p", format_p),
         "difference/to_symmetrized_pct": ("top-1 minus that of S(X), same images", _POINTS),
@@ -264,24 +274,23 @@ def _usage_section(run_folder: Path | None, symmetrize: Mapping[str, str] | None
     )
 
 
-def _intended_use_section(name: str, run: TrainedRun | None, symmetrize: Mapping[str, str] | None) -> str:
+def _find_logit_group(name: str, args: Mapping[str, Any]) -> Group:
+    info = describe(name)
+    return TRIVIAL if info is None or info.variant == "X" else logit_group(build(name, device="meta", **args))
+
+
+def _intended_use_section(invariance: Group, run: TrainedRun | None, symmetrize: Mapping[str, str] | None) -> str:
     classes = f"the classes of {run.config['data']['name']}" if run else "the classes it is trained on"
     validated = " It was validated only on the images named here." if run else ""
-    info = describe(name)
-    mirrored = (
-        " It cannot tell an image from its mirror image: do not use it where that matters (text, signs, left and "
-        "right organs)."
-        if info and info.variant == "E"
-        else ""
-    )
-    if info and info.variant in ("C2xC2", "D4"):
-        turned = " or turned" * (info.variant == "D4")
-        mirrored = f" It cannot tell an image from its mirrored{turned} copies: do not use it where that matters."
+    copies = ""
     if symmetrize:
-        mirrored = (
-            f" It cannot tell an image from what the group `{symmetrize['group']}` makes of it: do not use it where "
-            "that matters (text, signs, left and right organs)."
-        )
+        copies = f"what the group `{symmetrize['group']}` makes of it"
+    elif invariance is not TRIVIAL:
+        copies = {C2: "its mirror image", C2XC2: "its mirrored copies", D4: "its mirrored or turned copies"}[invariance]
+    mirrored = copies and (
+        f" It cannot tell an image from {copies}: do not use it where that matters (text, signs, left and right "
+        "organs)."
+    )
     return (
         f"Meant for research on image classification: to classify images into {classes}, to be compared with networks "
         "that treat mirroring differently, to be fine-tuned, or as a backbone (`forward_features`, "

@@ -185,12 +185,12 @@ def kind_of(node: fx.Node) -> str:
     if any(f", in {function}\n" in lines for function in _BASIS_FUNCTIONS):
         return "basis"
     operation = _operation(node)
-    if operation in _PRODUCTS and _num_axes(node) > 3:
+    called = (node.meta.get("nn_module_stack") or {}).values()
+    names = [module if isinstance(module, str) else module.__name__ for _, module in called]
+    if operation in _PRODUCTS and _num_axes(node) > 3 and not any("TokenMixing" in name for name in names):
         return "attention"
     if kind := _operation_kind(operation):
         return kind
-    called = (node.meta.get("nn_module_stack") or {}).values()
-    names = [module if isinstance(module, str) else module.__name__ for _, module in called]
     for class_name in (*_layers_in_trace(lines), *reversed(names)):
         for kind, parts in _MODULES.items():
             if any(part in class_name.rpartition(".")[2] for part in parts):

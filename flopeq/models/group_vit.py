@@ -185,6 +185,7 @@ class GroupVisionTransformer(GroupHead, VisionTransformer):
             **{name: value for name, value in kwargs.items() if name not in REFUSED},
         )
         self.block_groups = groups
+        self.logit_group = first if octic_vits == "invariant" else last
         if not isinstance(self.norm_pre, nn.Identity):
             self.norm_pre = GroupLayerNorm(first, embed_dim, **dd)
         if last is not TRIVIAL and not isinstance(self.norm, nn.Identity):

@@ -21,8 +21,8 @@ class Data(Section):
     """Name of the data set. Its shards are written to `data/shards/<name>`."""
     source: str
     """Path of the images: a folder with ImageNet's archives, Kaggle's folder or zip, a folder tree
-    `{train,val}/<class>/*`, a folder with IDX files (the MNIST family), or a folder or fsspec URL with existing
-    WebDataset shards. Relative paths start at the root of the repository."""
+    `{train,val}/<class>/*`, class folders `<class>/*`, a folder with IDX files (the MNIST family), or a folder or
+    fsspec URL with existing WebDataset shards. Relative paths start at the root of the repository."""
     source_hint: str | None = None
     """How to get the images. It ends the error about a missing `source`."""
     labels: Literal["own", "imagenet"]
@@ -49,6 +49,9 @@ class Data(Section):
     flop_invariant: Annotated[bool, Field(exclude=True)] = True  # for the report only: no part of what a run trains on
     """Whether an image and its mirror image have the same label. If not, as for digits and text, the report says that
     E(X) is expected to fall behind X."""
+    has_up: Annotated[bool, Field(exclude=True)] = True  # for the report only, too
+    """Whether the images have an up, as photographs do, and aerial images and micrographs do not. If they have, the
+    report says that networks for larger groups than the flop's are expected to fall behind E(X)."""
     further_val: dict[NameStr, Path] = {}
     """Further validation sets for `evaluate`: a mapping from a name to a folder `<class>/*` of images. The class
     folders have the class names of the data set. If the data set has ImageNet's 1,000 classes, the folders may instead
@@ -320,11 +323,18 @@ class RecipeSweepParams(SweepParams):
         return value
 
 
-class HybridSweepParams(SweepParams):
-    """The hybrid sweep. Its `runs` name one X or H model of each family."""
+Split = Annotated[int, Field(ge=0, strict=True)] | str
+"""A number of equivariant blocks, or groups by depth such as "d4:1,c2:2"."""
 
-    splits: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...]
-    """Numbers of equivariant blocks to try. `all` tries every number from 0 (X) to the depth of the model (E)."""
+
+class HybridSweepParams(SweepParams):
+    """The hybrid sweep. Its `runs` name one X or hybrid model of each family. The group is that of the hybrid, and the
+    flop's for X.
+    """
+
+    splits: Literal["all"] | tuple[Split, ...]
+    """Splits to try: numbers of equivariant blocks, and groups by depth such as "d4:1,c2:2", which are values of the
+    models' argument `symmetry`. `all` tries every number from 0 (X) to the depth of the model (E)."""
     flop_budget: Annotated[float, Field(gt=0, le=1)]
     """Maximum FLOPs of the best split, as a fraction of the FLOPs of X."""
     compile: bool

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flopeq.testing import relative_error
+from flopeq.square import FLOP, IDENTITY
+from flopeq.testing import logit_group, relative_error
 from pipeline import track
 from pipeline.base.config import Experiment
 from pipeline.base.errors import ConfigError
@@ -118,7 +119,8 @@ def evaluate_model(
 
     `val/top1_low_pct` and `val/top1_high_pct` are Wilson's 95 % interval of `val/top1_pct`;
     `val/flop_agreement_pct` is the share of images with the same top-1 class as their flop;
-    `equivariance/max_rel_error` is the largest relative difference between the logits of both, over the batches;
+    `equivariance/max_rel_error` is the largest relative difference between the logits of both, over the batches, and
+    over the other symmetries that the logits are invariant under, on the first batch;
     `val/ema_...` is the accuracy of `ema`. `val/real_top1_pct` is the accuracy of `model` on ImageNet's reassessed
     labels, `<name>/...` its accuracy on a further set (pipeline/evaluation/validation_sets.py).
     """
@@ -170,7 +172,8 @@ class Predictions(NamedTuple):
     losses: Tensor
     """(N,) float64, the cross-entropy of each image."""
     max_rel_error: float
-    """Largest relative difference between the logits of images and of their flops; nan if any is not finite."""
+    """Largest relative difference between the logits of images and of their flops, and on the first batch of their
+    copies under the other symmetries of the logits' group; nan if any is not finite."""
 
 
 class Evaluated(NamedTuple):
@@ -186,8 +189,11 @@ class Evaluated(NamedTuple):
 @torch.inference_mode()
 def _predict(model: nn.Module, ema: nn.Module | None, batches: Iterable[batching.Batch]) -> Predictions:
     top5, flop_top5, ema_top5, losses, errors = [], [], [], [], []
+    others = [g for g in logit_group(model).elements if g not in (IDENTITY, FLOP)]
     for batch in batches:
         logits, flopped = model(batch.images), model(batch.images.flip(-1))
+        if not errors:
+            errors += [relative_error(model(g(batch.images)), logits) for g in others]
         top5.append(_top_classes(logits))
         flop_top5.append(_top_classes(flopped))
         if ema is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flopeq.groups import GROUPS
 from flopeq.registry import ARGS_OF_SYMMETRY, describe
+from flopeq.square import symmetry_group
 from pipeline.base.config import Experiment
 from pipeline.base.schema import SymmetrizedRun
 
@@ -50,11 +52,17 @@ def baseline_of(experiment: Experiment, name: str) -> str | None:
 
 
 def symmetrized_baseline_of(experiment: Experiment, name: str) -> str | None:
-    """Returns the first symmetrized run of the X that an E or H is compared with."""
+    """Returns the symmetrized run of the X that a network is compared with: the first over the network's group, or
+    else the first.
+    """
     if name in experiment.symmetrized:
         return None
     baseline = baseline_of(experiment, name)
-    return next((other for other, run in experiment.symmetrized.items() if run.weights_of == baseline), None)
+    runs = {other: run for other, run in experiment.symmetrized.items() if run.weights_of == baseline}
+    info = describe(experiment.run(name).model)
+    elements = GROUPS[info.group].elements if info and info.group else ()
+    same_group = [other for other, run in runs.items() if symmetry_group(run.group) == elements]
+    return next(iter((*same_group, *runs)), None)
 
 
 def own_recipe_run_of(experiment: Experiment, name: str) -> str | None:

@@ -16,7 +16,18 @@ COLORS = {"vit": "#0072B2", "resmlp": "#D55E00", "convnext_iso": "#009E73", None
 
 FAMILIES = {"vit": "ViT", "resmlp": "ResMLP", "convnext_iso": "ConvNeXt (iso.)", None: "other"}
 
-MARKERS = {"X": "o", "E": "^", "H": "s", "C2xC2": "P", "H-C2xC2": "p", "D4": "*", "H-D4": "h", "S": "X", None: "D"}
+MARKERS = {
+    "X": "o",
+    "E": "^",
+    "H": "s",
+    "C2xC2": "P",
+    "H-C2xC2": "p",
+    "D4": "*",
+    "H-D4": "h",
+    "graded": "v",
+    "S": "X",
+    None: "D",
+}
 
 DASHES = {
     "X": "-",
@@ -26,6 +37,7 @@ DASHES = {
     "H-C2xC2": (0, (1, 2.4)),
     "D4": (0, (6, 1.5, 1, 1.5, 1, 1.5)),
     "H-D4": (0, (1, 3.6)),
+    "graded": (0, (4, 1.5, 1, 1.5, 1, 1.5, 1, 1.5)),
     "S": (0, (3, 1, 1, 1)),
     None: "-.",
 }
@@ -38,6 +50,7 @@ VARIANTS = {
     "H-C2xC2": "H-C2xC2(X), its hybrid",
     "D4": "D4(X), octic",
     "H-D4": "H-D4(X), its hybrid",
+    "graded": "graded, groups by depth",
     "S": "S(X), symmetrized",
     None: "other",
 }

@@ -13,8 +13,11 @@ from typing import Any
 
 import jinja2
 
+from flopeq.groups import C2
 from flopeq.hub.model_card import TrainedRun, render_card
+from flopeq.registry import describe
 from pipeline.base.config import Experiment
+from pipeline.evaluation.evaluate import BATCH_SIZE
 from pipeline.evaluation.statistics import NUM_DRAWS
 from pipeline.reporting import figures, sweep_sections
 from pipeline.reporting.lead import lead_sentences
@@ -137,13 +140,26 @@ def _local_ui_hint(url: str) -> str:
 
 
 def symmetry_notes(experiment: Experiment) -> list[str]:
-    """Returns a sentence on what to expect of E if the labels of the data change under a flop."""
-    if experiment.data.flop_invariant:
-        return []
-    return [
-        f"A control with the wrong symmetry: the labels of {experiment.data.name} change under mirroring, but E(X) "
-        "cannot tell an image from its mirror image. E(X) is therefore expected to fall behind X here."
-    ]
+    """Returns a sentence for each symmetry that the networks have and the data have not, on what to expect."""
+    data, notes = experiment.data, []
+    if not data.flop_invariant:
+        notes.append(
+            f"A control with the wrong symmetry: the labels of {data.name} change under mirroring, but E(X) cannot "
+            "tell an image from its mirror image. E(X) is therefore expected to fall behind X here."
+        )
+    larger = [name for name, run in experiment.models.items() if _has_larger_group(run.model)]
+    if data.has_up and larger:
+        notes.append(
+            f"The images of {data.name} have an up. Networks for larger groups than the flop's ({', '.join(larger)}) "
+            "cannot tell it from down, and are therefore expected to fall behind E(X) here."
+        )
+    return notes
+
+
+def _has_larger_group(model: str) -> bool:
+    """Whether the model is equivariant to more than the flop."""
+    info = describe(model)
+    return info is not None and info.group not in (None, C2.name)
 
 
 def interval_note() -> str:
@@ -172,13 +188,14 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         "FLOPs: one image's forward pass in the paper's convention, in which a multiply-add counts 1 and "
         "element-wise operations count too; MACs count multiply-adds only.",
         "Flop agreement: validation images with the same top-1 class as their mirror image. Equivariance error: "
-        "the largest relative change of the logits under mirroring.",
+        "the largest relative change of the logits under mirroring, and of networks for larger groups also under the "
+        f"other symmetries of their group, on the first {BATCH_SIZE} images.",
         f"Throughput: forward passes without gradients, {'; '.join(sorted(settings)) or 'not measured'}; the "
         f"median of {experiment.throughput.runs} passes after {experiment.throughput.warmup} warm-up passes, "
         "alternating between the models. Small figures below are the quartiles of the passes.",
-        "Throughput ratio: E, H or S over X, the median of the ratios of neighbouring passes, with their quartiles. "
-        "FLOP ratio: X over E, H or S. Share: the first over the second, the fraction of the saved FLOPs that becomes "
-        "speed.",
+        "Throughput ratio: a network over its X, the median of the ratios of neighbouring passes, with their "
+        "quartiles. FLOP ratio: X over the network. Share: the first over the second, the fraction of the saved FLOPs "
+        "that becomes speed.",
         f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
     ]
     if symmetrized := experiment.symmetrized.values():

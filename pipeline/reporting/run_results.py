@@ -253,7 +253,7 @@ def _load_result(
 ) -> RunResult:
     run = experiment.run(name)
     is_symmetrized = name in experiment.symmetrized
-    info = describe(run.model, symmetrized=is_symmetrized)
+    info = describe(run.model, run.args, symmetrized=is_symmetrized)
     is_paper_model = not run.args and experiment.data.image_size == _PAPER_IMAGE_SIZE
     failed = read_json(folder / FAILURE_FILE, {})  # what else is there belongs to an earlier training
     metrics, run_info = ({} if failed else read_json(folder / f"{file}.json", {}) for file in ("metrics", "run"))

@@ -64,7 +64,7 @@ class Scatter:
     xlabel: str
     ylabel: str
     join: bool = False
-    """Draw a line from each E, H and S to its X."""
+    """Draw a line from each network that has an X to its X."""
     proportional: bool = False
     """Show the origin, or make both axes logarithmic."""
     from_zero: bool = False

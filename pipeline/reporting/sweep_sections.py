@@ -12,7 +12,7 @@ from pipeline.base.files import read_json
 from pipeline.base.plotting import RenderedFigure
 from pipeline.reporting.table import MISSING, Cell, Row, Table
 from pipeline.sweeps import figures
-from pipeline.sweeps.analysis import describe_recipe_finding, describe_split_finding, format_top1_range
+from pipeline.sweeps.analysis import describe_recipe_finding, describe_split_finding, format_splits, format_top1_range
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _recipe_section(findings: Mapping[str, Any], rendered_figures: tuple[Rendere
 def _split_section(findings: Mapping[str, Any], rendered_figures: tuple[RenderedFigure, ...]) -> SweepSection:
     rows = tuple(
         (
-            f"{row['run']}, k = {row['k']}",
+            f"{row['run']}, {format_splits([row['k']])}",
             _format_top1(row["top1_pct"]),
             format_top1_range(row["top1"]) if row["top1"] else MISSING,
             f"{row['params']:,}",
@@ -75,7 +75,7 @@ def _split_section(findings: Mapping[str, Any], rendered_figures: tuple[Rendered
         for row in findings["splits"]
     )
     columns = (
-        "run, equivariant blocks",
+        "run, equivariant blocks or groups",
         "top-1, mean",
         "top-1, range",
         "params",

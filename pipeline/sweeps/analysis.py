@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.base.schema import Split
+
 SIGNIFICANCE = 0.05
 """How often a test finds a difference between two configurations that have none: at most 1 in 20 times."""
 
@@ -144,14 +146,20 @@ def format_top1_range(values: Sequence[float]) -> str:
     return f"{low:.1f}%" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}%"
 
 
+def format_splits(splits: Sequence[Split]) -> str:
+    """Formats splits as words: "k = 1, 2 and d4:1,c2:2"."""
+    numbers = ", ".join(str(split) for split in splits if isinstance(split, int))
+    return " and ".join([f"k = {numbers}"] * bool(numbers) + [split for split in splits if isinstance(split, str)])
+
+
 def describe_split_finding(found: Mapping[str, Any]) -> str:
     """Returns a family's finding as a sentence."""
     best = found["best"]
     if best is None:
         return f"no split within {found['flop_budget']:.0%} of X's FLOPs was trained to its end"
     sentence = (
-        f"within {found['flop_budget']:.0%} of X's FLOPs, k = {best['k']} has the highest mean top-1 after "
-        f"{found['epochs']} of {found['full_epochs']} epochs: {format_top1_range(best['top1'])} with "
+        f"within {found['flop_budget']:.0%} of X's FLOPs, {format_splits([best['k']])} has the highest mean top-1 "
+        f"after {found['epochs']} of {found['full_epochs']} epochs: {format_top1_range(best['top1'])} with "
         f"{best['flop_fraction']:.0%} of the FLOPs"
     )
     if len(best["top1"]) < MIN_SEEDS:
@@ -159,5 +167,5 @@ def describe_split_finding(found: Mapping[str, Any]) -> str:
     groups = (("it is better than", "worse"), ("it cannot be told apart from", "alike"), ("it is worse than", "better"))
     for text, group in groups:
         if found[group]:
-            sentence += f"; {text} k = {', '.join(map(str, found[group]))}"
+            sentence += f"; {text} {format_splits(found[group])}"
     return sentence

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from pipeline.base.files import read_json
 from pipeline.base.plotting import MATPLOTLIB_STYLE, RenderedFigure, mark_gid, render_figure
-from pipeline.sweeps.analysis import MIN_RANKED
+from pipeline.sweeps.analysis import MIN_RANKED, format_splits
 
 IMPORTANCE_METHOD = "fANOVA"
 """Whose measure of importance it is."""
@@ -101,9 +101,9 @@ def draw_hybrid_sweep(folder: Path) -> list[RenderedFigure]:
             render_figure(
                 "sweep_pareto",
                 "Split sweep: accuracy against FLOPs",
-                "Validation top-1 by FLOPs for every number k of equivariant blocks: "
-                "the mean over the seeds, bars from "
-                "the lowest to the highest. Filled points and the line are the Pareto front of their family.",
+                "Validation top-1 by FLOPs for every number k of equivariant blocks and every choice of groups by "
+                "depth: the mean over the seeds, bars from the lowest to the highest. Filled points and the line are "
+                "the Pareto front of their family.",
                 _plot_front(rows),
                 [{**row, "top1": " ".join(map(str, row["top1"]))} for row in rows],
             )
@@ -246,7 +246,7 @@ def _plot_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
             x, y = row["flops"] / unit, row["top1_pct"]
             axes.plot([x, x], [min(row["top1"]), max(row["top1"])], color=color, linewidth=1, alpha=0.6)
             description = (
-                f"{run}, k = {row['k']}: {x:.4g} {name}, top-1 {y:.1f}% "
+                f"{run}, {format_splits([row['k']])}: {x:.4g} {name}, top-1 {y:.1f}% "
                 f"({min(row['top1']):.1f} to {max(row['top1']):.1f}, {len(row['top1'])} seeds)"
             )
             axes.plot(
@@ -257,7 +257,14 @@ def _plot_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 markerfacecolor=color if row["on_front"] else "white",
                 gid=mark_gid(run, description),
             )
-            axes.annotate(f"k={row['k']}", (x, y), (5, 4), textcoords="offset points", fontsize=8, color=color)
+            axes.annotate(
+                format_splits([row["k"]]).replace(" = ", "="),
+                (x, y),
+                (5, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=color,
+            )
         handles.append(Line2D([], [], color=color, marker="o", label=run))
     axes.set(xlabel=f"{name} per image", ylabel="validation top-1 (%)")
     axes.margins(x=0.1)

@@ -1,4 +1,4 @@
-"""The split sweep: finds the number of equivariant blocks of the best hybrid, for each model family."""
+"""The split sweep: finds the best number of equivariant blocks, or groups by depth, for each model family."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from flopeq.measure.flops import complexity
 from flopeq.measure.throughput import throughput
 from flopeq.models.build import build
 from pipeline.base.config import Experiment
+from pipeline.base.schema import Split
 from pipeline.sweeps import analysis, engine
-from pipeline.sweeps.search_space import hybrid_run, splits_to_try
+from pipeline.sweeps.splits import split_args, split_run, splits_to_try
 from pipeline.sweeps.sweep import Sweep
 from pipeline.sweeps.trial import TRIAL_STATES, TrialOutcome, TrialSpec, write_trials_csv
 
@@ -59,7 +60,12 @@ def sweep_hybrid(experiment: Experiment) -> dict[str, Any]:
     for picture in figures.draw_hybrid_sweep(OUTPUT_DIR):
         (OUTPUT_DIR / f"{picture.name}.png").write_bytes(picture.png)
     best = {name: found["best"] for name, found in findings.items() if found["best"]}
-    numbers = {f"best/{name}/{key}": row[key] for name, row in best.items() for key in ("k", "top1_pct")}
+    numbers = {
+        f"best/{name}/{key}": row[key]
+        for name, row in best.items()
+        for key in ("k", "top1_pct")
+        if not isinstance(row[key], str)  # groups by depth, which MLflow does not take for a metric
+    }
     cost = sum(outcome.seconds for trials in outcomes.values() for outcome in trials)
     reporter.finish({**numbers, "cost/train_s": cost}, sorted(path for path in OUTPUT_DIR.iterdir() if path.is_file()))
     return findings
@@ -83,12 +89,18 @@ def summarize_splits(rows: Sequence[Mapping[str, Any]], flop_budget: float) -> d
     }
 
 
-def _make_trials(sweep: Sweep, run_name: str, splits: Sequence[int]) -> list[TrialSpec]:
+def _make_trials(sweep: Sweep, run_name: str, splits: Sequence[Split]) -> list[TrialSpec]:
     first, recipe = sweep.experiment.seed_of(run_name), sweep.experiment.recipe(run_name)
     seeds = range(first, first + sweep.settings.seeds)
     return [
         sweep.make_trial(
-            run_name, number, 0, seed, {"num_flop_blocks": k}, hybrid_run(sweep.experiment, run_name, k), recipe
+            run_name,
+            number,
+            0,
+            seed,
+            split_args(sweep.experiment, run_name, k),
+            split_run(sweep.experiment, run_name, k),
+            recipe,
         )
         for number, (seed, k) in enumerate(itertools.product(seeds, splits))
     ]
@@ -101,7 +113,7 @@ def _single_round(specs: list[TrialSpec]) -> engine.TrialPlan:
 def _measure_splits(
     experiment: Experiment,
     outcomes: Mapping[str, Sequence[TrialOutcome]],
-    splits: Mapping[str, Sequence[int]],
+    splits: Mapping[str, Sequence[Split]],
     num_classes: int,
 ) -> list[dict[str, Any]]:
     """Returns a row for every split of every family: its accuracy, and the cost of the full-size model."""
@@ -109,12 +121,12 @@ def _measure_splits(
     on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
     rows = []
     for name, family_splits in splits.items():
-        runs = {k: hybrid_run(experiment, name, k) for k in family_splits}
+        runs = {k: split_run(experiment, name, k) for k in family_splits}
         complexities = {
             k: complexity(build(run.model, device="meta", num_classes=num_classes, **run.args), (3, side, side))
             for k, run in runs.items()
         }
-        x = hybrid_run(experiment, name, 0)
+        x = split_run(experiment, name, 0)
         x_flops = complexity(build(x.model, device="meta", num_classes=num_classes, **x.args), (3, side, side)).flops
         speed = throughput(
             {str(k): build(run.model, num_classes=num_classes, **run.args) for k, run in runs.items()},
@@ -128,14 +140,13 @@ def _measure_splits(
         )
         family_rows = []
         for k in family_splits:
-            ended = [o for o in outcomes[name] if o.spec.params["num_flop_blocks"] == k]
+            ended = [o for o in outcomes[name] if o.spec.params == split_args(experiment, name, k)]
             top1 = [o.top1_pct for o in ended if o.state == "finished" and o.top1_pct is not None]
             states = Counter(outcome.state for outcome in ended)
             family_rows.append(
                 {
                     "run": name,
                     "k": k,
-                    "depth": max(family_splits),
                     "top1_pct": fmean(top1) if top1 else None,
                     "top1": top1,
                     "params": complexities[k].params,

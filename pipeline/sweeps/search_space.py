@@ -11,9 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 
-from flopeq.models.build import ModelError, build
-from flopeq.models.variants import baseline_name
-from flopeq.registry import PREFIXES, describe
+from flopeq.models.build import ModelError
 from pipeline.base.config import Experiment, override_recipe
 from pipeline.base.errors import ConfigError, did_you_mean
 from pipeline.base.schema import Range, Recipe, Run
@@ -208,28 +206,3 @@ def _to_optuna(of: Range, value: Any) -> Any:
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:
     return distribution._contains(distribution.to_internal_repr(value))
-
-
-def hybrid_run(experiment: Experiment, run_name: str, num_flop_blocks: int) -> Run:
-    """Returns the run with the hybrid of its model that has `num_flop_blocks` equivariant blocks."""
-    run = experiment.run(run_name)
-    name = PREFIXES["H"] + baseline_name(run.model)
-    return run.model_copy(update={"model": name, "args": {**run.args, "num_flop_blocks": num_flop_blocks}})
-
-
-def splits_to_try(experiment: Experiment, run_name: str) -> list[int]:
-    """Returns the numbers of equivariant blocks to try for a family.
-
-    Raises: ConfigError for a run that is neither X nor H, and for a number above the depth.
-    """
-    run, requested = experiment.run(run_name), experiment.sweeps.hybrid.splits
-    info = describe(run.model)
-    if info is None or info.variant not in ("X", "H"):
-        raise ConfigError(f"sweeps.hybrid.runs: {run_name} is neither X nor H, so it has no hybrid")
-    args = {key: value for key, value in run.args.items() if key != "num_flop_blocks"}
-    blocks = build(PREFIXES["H"] + baseline_name(run.model), device="meta", **args).get_submodule("blocks")
-    depth = len(list(blocks.children()))
-    splits = list(range(depth + 1)) if requested == "all" else sorted(set(requested))
-    if splits[-1:] > [depth]:
-        raise ConfigError(f"sweeps.hybrid.splits: {splits[-1]} is beyond the {depth} blocks of {run_name}")
-    return splits

@@ -33,7 +33,7 @@ FINGERPRINT_IGNORED = {
     "train": {"workers", "cpus_per_worker", "gpu", "loader_workers", "batch_per_worker", "checkpoint_steps",
               "keep_checkpoints"},
     "data": {"name", "source", "labels", "on_bad_image", "images_per_shard", "cache_gib", "further_val",
-             "class_names", "source_hint", "flop_invariant"},
+             "class_names", "source_hint", "flop_invariant", "has_up"},
 }  # fmt: skip
 
 

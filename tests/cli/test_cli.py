@@ -125,6 +125,18 @@ def test_equivariance_prints_a_line_per_block(flopeq):
     assert all(part in out for part in (E, "logits", "blocks.0", "blocks.1"))
 
 
+def test_equivariance_tries_every_symmetry_of_the_first_block(rows, flopeq):
+    words = ("octic_deit3_small_patch16_224", *SMALL, "symmetry=d4:1,c2:1")
+    [graded] = rows("equivariance", *words)
+    errors = graded["symmetries"]
+    assert len(errors["logits"]) == 7 and list(errors) == ["blocks.0", "blocks.1", "logits"]
+    assert max(errors["blocks.0"].values()) < 1e-10
+    assert {g for g, error in errors["logits"].items() if error < 1e-10} == {"flop"}
+    assert graded["max_rel_error"] == max(errors["logits"].values())
+    _, out, _ = flopeq("equivariance", *words, "--group", "c2xc2")
+    assert "half turn" in out and "transposition" not in out
+
+
 def test_convert_writes_a_checkpoint_that_our_model_loads(rows, tmp_path):
     """Converts a ResMLP in the authors' layout, made by renaming the tensors of flopeq's model."""
     source, target = tmp_path / "in.pth", tmp_path / "out.safetensors"

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from flopeq.groups import D4
+from flopeq.models.build import build
 from pipeline.base import errors, imagenet
 from pipeline.evaluation import evaluate, predictions, statistics
+from pipeline.loading import batching
 from pipeline.shards import manifests
 from tests.evaluation.conftest import (
     WNIDS,
@@ -23,6 +26,7 @@ from tests.evaluation.conftest import (
     random_network,
     save_outputs,
 )
+from tests.models.conftest import randomize_parameters
 
 
 @pytest.mark.parametrize("loader_workers", [0, 2])
@@ -149,3 +153,15 @@ def test_converged_is_a_training_that_ended_above_chance(place: Path) -> None:
     for status, class_, converged in (("finished", label, True), ("diverged", label, False), ("finished", 3, False)):
         save_outputs("vit", status, weights=constant_network(settings, class_))
         assert evaluate.evaluate_run(settings, "vit")["converged"] is converged
+
+
+def test_the_equivariance_error_covers_the_symmetries_of_the_networks_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = randomize_parameters(build("octic_deit3_small_patch16_224", num_classes=7, **args)).eval()
+    images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batches = [batching.Batch(images, torch.arange(3), torch.arange(3))]
+    assert evaluate._predict(model, None, batches).max_rel_error < 1e-4
+    wrong = randomize_parameters(build("flop_deit3_small_patch16_224", num_classes=7, **args)).eval()
+    assert evaluate._predict(wrong, None, batches).max_rel_error < 1e-4
+    monkeypatch.setattr(evaluate, "logit_group", lambda model: D4)
+    assert evaluate._predict(wrong, None, batches).max_rel_error > 1e-2

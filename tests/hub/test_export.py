@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from flopeq.cli.app import main
-from flopeq.hub.export import export_model, measure_equivariance_error
+from flopeq.hub.export import export_model, measure_equivariance_errors
 from flopeq.hub.model_card import render_card
 from flopeq.models.build import build
 from flopeq.registry import MODELS
@@ -141,7 +141,8 @@ def test_a_trained_run_brings_model_weights_preprocessing_and_figures(run, tmp_p
     assert "| top-1 on other, never trained or chosen on | 88.9 % |" in card and "top-1 on gone" not in card
     assert "Workers: 1 to 4, of 2 CPU cores each; mixed precision bf16, compiled." in card
     assert 'create_model("local-dir:<this folder>"' in card and "flopeq export" not in card
-    assert f"{measure_equivariance_error(model, (3, 32, 32)):.1e}" in card
+    [error] = measure_equivariance_errors(model, (3, 32, 32)).values()
+    assert f"| equivariance error of the logits under the flop, float64, two random images | {error:.1e} |" in card
     assert card.startswith("---\nlibrary_name: timm\n")
     assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["digits"]
     assert "did not converge" not in card
@@ -155,7 +156,7 @@ def test_the_card_reports_a_diverged_run(run, tmp_path):
 
 
 def test_the_card_of_untrained_weights_separates_them_from_the_papers_accuracy():
-    metrics = {"complexity/params_m": 11.2, "complexity/gflops": 2.3, "equivariance/float64_error": 0.0}
+    metrics = {"complexity/params_m": 11.2, "complexity/gflops": 2.3, "equivariance/float64_error/flop": 0.0}
     text = render_card("flop_convnext_iso_small", {}, (3, 224, 224), metrics, weights="random, untrained")
     assert "random, untrained" in text and "# E(ConvNeXt-S (iso.))" in text and "| parameters | 11.2 M |" in text
     assert "(its weights, not these) | 76.8 % |" in text and "multiply-adds" not in text and "## Training" not in text

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from flopeq.groups import D4, GROUPS
 from flopeq.hub.convert import infer_args
 from flopeq.hub.export import export_model
 from flopeq.registry import MODELS
@@ -66,3 +68,32 @@ def test_arguments_of_a_convnext_are_inferred_from_tensors(case: str, head: str 
         model = small_group_model(case, ls_init_value=ls_init_value, **{"head": head} if head else {})
         found = infer_args(dict(model.state_dict()), GROUP_CASES[case][0])
         assert found == {"num_classes": 5, "ls_init_value": ls_init_value} | inferred
+
+
+@pytest.mark.parametrize(
+    ("case", "exact"),
+    [
+        ("c2xc2 vit", {"flop", "flip", "half turn"}),
+        ("graded vit", {"flop"}),
+        ("hybrid of c2xc2 vit", set()),
+        ("d4 convnext_iso", {str(g) for g in D4.elements[1:]}),
+    ],
+)
+def test_the_card_has_a_row_for_every_symmetry_of_the_first_block(case: str, exact: set[str], tmp_path) -> None:
+    name, args, groups = GROUP_CASES[case]
+    export_model(name, tmp_path, img_size=32, patch_size=4, **SMALL[MODELS[name].family] | args)
+    assert _errors_in_card(tmp_path).keys() == {str(g) for g in GROUPS[groups[0]].elements[1:]}
+    assert {g for g, error in _errors_in_card(tmp_path).items() if error < 1e-10} == exact
+
+
+def test_the_card_of_an_invariant_octic_vit_has_all_eight_symmetries(tmp_path) -> None:
+    args = SMALL["vit"] | {"img_size": 32, "patch_size": 8, "octic_vits": "invariant"}
+    result = export_model("octichybrid_deit3_small_patch16_224", tmp_path, **args)
+    errors = _errors_in_card(tmp_path)
+    assert errors.keys() == {str(g) for g in D4.elements[1:]}
+    assert max(errors.values()) < 1e-10 and result.equivariance_error < 1e-10
+
+
+def _errors_in_card(folder) -> dict[str, float]:
+    rows = re.findall(r"logits under the (.+), float64.* \| (\S+) \|", (folder / "README.md").read_text())
+    return {symmetry: float(error) for symmetry, error in rows}

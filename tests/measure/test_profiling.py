@@ -60,6 +60,18 @@ def test_profiles_of_the_other_families_have_changes_of_basis(name, args):
     assert {"linear", "norm", "activation", "convolution", "change of basis"} <= set(result.kinds)
 
 
+@pytest.mark.parametrize("name, args", [
+    ("octic_deit3_small_patch16_224", {"depth": 1, "num_heads": 2}), ("octic_resmlp_base_24_224", {"num_blocks": 1}),
+    ("mirrors_convnext_iso_small", {"depth": 1}),
+])  # fmt: skip
+def test_profiles_of_larger_groups_have_the_kinds_of_their_family(name, args):
+    result = profile_small(name, img_size=32, patch_size=8, embed_dim=32, **args)
+    assert {"linear", "norm", "activation", "convolution", "change of basis"} <= set(result.kinds)
+    assert ("attention" in result.kinds) == ("deit3" in name)
+    assert not {"matmul", "linear", "conv2d", "gelu", "sigmoid"} & set(calls(result, "other"))
+    assert {"add", "sub"} <= set(calls(result, "change of basis"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile("cpu"), reason="needs a C++ compiler")
 def test_fused_kernels_list_their_kinds(capsys):

@@ -1,4 +1,4 @@
-"""Models exported with torch.export and to ONNX give the same logits for any batch size."""
+"""Models exported with torch.export and to ONNX give the same logits for any batch size, and keep the law."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import pytest
 import torch
 
 from flopeq.registry import MODELS
-from tests.models.conftest import small_model
+from flopeq.testing import logit_group
+from tests.models.conftest import GROUP_CASES, small_group_model, small_model
 
-SIZES = [info for info in MODELS.values() if info.size == "B" and info.variant != "X"]
+FLOP_NETWORKS = [info.model for info in MODELS.values() if info.size == "B" and info.variant in ("E", "H")]
 
-NAMES = [info.model for info in SIZES]
+NAMES = [
+    *FLOP_NETWORKS, "c2xc2 vit", "d4 vit", "d4 resmlp", "d4 convnext_iso", "graded vit", "hybrid of d4 vit"
+]  # fmt: skip
+"""Names of models, or of cases of `GROUP_CASES`."""
 
 
 def network(name):
     """A small float32 model with logits of ordinary size."""
-    return small_model(name, (32, 32)).float()
+    return (small_group_model if name in GROUP_CASES else small_model)(name, (32, 32)).float()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,3 +52,6 @@ def test_onnx_gives_the_same_logits_for_any_batch(name, tmp_path):
         [logits] = session.run(None, {"images": images.numpy()})
         with torch.no_grad():
             np.testing.assert_allclose(logits, model(images).numpy(), rtol=1e-3, atol=1e-4)
+    for g in logit_group(model).elements:
+        [of_g] = session.run(None, {"images": g(images).contiguous().numpy()})
+        np.testing.assert_allclose(of_g, logits, rtol=1e-3, atol=1e-4)

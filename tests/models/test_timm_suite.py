@@ -21,14 +21,15 @@ REPLACED = {
     # With num_classes=0, E gives what its head sees: the invariant half of num_features, or those and |odd|.
     "\n    assert outputs.shape[feat_dim] == model.num_features\n": (
         "\n    assert outputs.shape[feat_dim] == model.head_hidden_size\n"
-        "    assert 'flop_' in model_name or outputs.shape[feat_dim] == model.num_features\n"
+        "    assert any(name in model_name for name in ('flop_', 'mirrors_', 'octic_')) or "
+        "outputs.shape[feat_dim] == model.num_features\n"
     ),
-    # The kernel of the first convolution is mirrored: its parameters are the left parts of even and odd kernels.
+    # The kernel of the first convolution is mirrored: its parameters are the free values of one kernel for each irrep.
     """        assert fc + ".weight" in state_dict.keys(), """: (
-        """        assert any(fc + name in state_dict.keys() for name in (".weight", ".even")), """
+        """        assert any(fc + name in state_dict.keys() for name in (".weight", ".even", ".ee", ".a1")), """
     ),
 }
-"""Assertions of timm's file that differ for E and H."""
+"""Assertions of timm's file that differ for equivariant networks and hybrids."""
 
 MARKERS = "base cfg torchscript features fxforward fxbackward timeout"
 
@@ -45,7 +46,7 @@ def test_timms_tests_pass_on_our_models(size: str, root: Path, tmp_path: Path) -
     markers = "".join(f"\n    {marker}" for marker in MARKERS.split())
     (tmp_path / "pytest.ini").write_text(f"[pytest]\nmarkers ={markers}\n", encoding="utf-8")
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.models.timm_suite",
-             "-k", "(flop or convnext_iso or resmlp) and not " + " and not ".join(EXCLUDED_TESTS),
+             "-k", "(flop or mirrors or octic or convnext_iso or resmlp) and not " + " and not ".join(EXCLUDED_TESTS),
              "--tb=short", str(tmp_path)]  # fmt: skip
     env = os.environ | {"PYTHONPATH": str(root), SIZE: size}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)

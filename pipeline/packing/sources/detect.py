@@ -17,6 +17,7 @@ from pipeline.base.errors import SourceError
 from pipeline.base.images import IMAGE_SUFFIXES, is_system_file
 from pipeline.packing.sources import archives, idx, kaggle
 from pipeline.packing.sources.archives import Archives
+from pipeline.packing.sources.class_folders import ClassFolders, has_class_folders
 from pipeline.packing.sources.folder import FolderTree
 from pipeline.packing.sources.idx import IdxFiles
 from pipeline.packing.sources.kaggle import KaggleFolder, KaggleZip
@@ -112,7 +113,8 @@ def _detect_source(source: str, hint: str | None) -> Source | ExistingShards:
 
 
 _LAYOUTS_HINT = (
-    "Set data.source in params.yaml to one of: a folder with train/<class>/ and val/<class>/; a folder with "
+    "Set data.source in params.yaml to one of: a folder with train/<class>/ and val/<class>/, or with <class>/ alone; "
+    "a folder with "
     f"{', '.join(archives.REQUIRED_FILES)}; Kaggle's zip, or the folder into which it was extracted; "
     f"a folder with IDX files such as t10k-images-idx3-ubyte.gz; "
     f"a folder or URL with WebDataset shards, *train*.tar and *val*.tar"
@@ -148,7 +150,9 @@ def _detect_folder(path: Path) -> Source | ExistingShards | None:
     zips = sorted(name for name in names if name.endswith(".zip"))
     if len(zips) > 1:
         raise SourceError(f"{path} contains {format_names(zips)}: set data.source to the one from Kaggle")
-    return KaggleZip(path / zips[0]) if zips else None
+    if zips:
+        return KaggleZip(path / zips[0])
+    return ClassFolders(path) if has_class_folders(path) else None
 
 
 def _describe_contents(path: Path) -> str:
