@@ -78,7 +78,7 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
     checkpoints = CheckpointManager(task.checkpoints, keep=settings.keep_checkpoints)
     latest = _broadcast_from_rank_0(checkpoints.latest() if rank == 0 else None, world_size)
     if latest is not None:
-        training.load_state_dict(*checkpoints.load(latest, device))
+        training.load_state_dict(*checkpoints.load(latest))
     batch_size = _microbatch_size(task.experiment, recipe_, model, amp, num_classes, world_size, device)
     compiled = settings.compile and can_compile(device)
     forward, no_sync = _wrap_model(model, compile=compiled, world_size=world_size)
@@ -107,30 +107,20 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
         context.report(training.history[-1])
 
     rank_args = {"rank": rank, "world_size": world_size}
-    loader_args = {**rank_args, "loader_workers": settings.loader_workers, "device": device}
+    loader_args = {"batch_size": batch_size, "loader_workers": settings.loader_workers, "device": device}
     status, message = "finished", None
-    with _watch_stop_file(task.stop_file) if rank == 0 else nullcontext(lambda: False) as should_stop:
+    with (
+        batching.BatchLoader(images, recipe_, experiment.data, **loader_args, **rank_args) as loader,
+        _watch_stop_file(task.stop_file) if rank == 0 else nullcontext(lambda: False) as should_stop,
+    ):
         try:
             loop.fit(
                 training,
                 recipe_,
-                train_batches=lambda epoch, start_step: batching.train_batches(
-                    images["train"],
-                    recipe_,
-                    experiment.data,
-                    seed=seed,
-                    epoch=epoch,
-                    start_step=start_step,
-                    batch_size=batch_size,
-                    **loader_args,
+                train_batches=lambda epoch, start_step: loader.train_batches(
+                    seed=seed, epoch=epoch, start_step=start_step
                 ),
-                val_batches=lambda: batching.val_batches(
-                    images["val"],
-                    recipe_,
-                    experiment.data,
-                    batch_size=batch_size,
-                    **loader_args,
-                ),
+                val_batches=loader.val_batches,
                 on_step=on_step_end,
                 on_epoch=on_epoch_end,
                 should_stop=should_stop,
