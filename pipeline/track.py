@@ -44,7 +44,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 
 logger = logging.getLogger(__name__)
 
-EPOCH_METRICS = ("train/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s", "lr")
+EPOCH_METRICS = ("train/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s", "perf/data_wait_pct", "lr")
 
 EMA_METRICS = ("val/ema_top1_pct", "val/ema_top5_pct")
 
@@ -155,8 +155,7 @@ def log_epochs(run_id: str, history: Iterable[Mapping[str, float]]) -> None:
         metrics = []
         for row in history:
             if (epoch := int(row["epoch"])) not in existing_steps:
-                logged = {key: row[key] for key in EPOCH_METRICS}
-                logged |= {key: row[key] for key in EMA_METRICS if key in row}
+                logged = {key: row[key] for key in (*EPOCH_METRICS, *EMA_METRICS) if key in row}
                 metrics += _to_mlflow_metrics(logged, epoch)
         for start in range(0, len(metrics), _MAX_METRICS_PER_CALL):
             client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS_PER_CALL])
