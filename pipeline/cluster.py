@@ -115,14 +115,11 @@ def call_on_gpu(function: Callable[..., ResultT], *arguments: Any, settings: Tra
     `local_cluster` without GPUs, Ray is not even imported. The task works in this process's directory, which must be
     on a disk that all nodes share. Ray repeats it if its node dies. Its errors are raised here.
     """
-    if settings.gpu is False or not _may_have_gpus():
+    if settings.gpu is False or not num_gpus():
         return function(*arguments, **keywords)
-    connect()
     import ray
     from ray.exceptions import RayTaskError
 
-    if not ray.cluster_resources().get("GPU"):
-        return function(*arguments, **keywords)
     folder = os.getcwd()
 
     @ray.remote(num_gpus=1, num_cpus=settings.cpus_per_worker)
@@ -134,6 +131,14 @@ def call_on_gpu(function: Callable[..., ResultT], *arguments: Any, settings: Tra
         return ray.get(task.remote())
     except RayTaskError as error:  # Ray's own class hides the type of the error
         raise error.cause from None
+
+
+def num_gpus() -> int:
+    """Returns the number of GPUs of the cluster of RAY_ADDRESS; 0 without one."""
+    if not _may_have_gpus():
+        return 0
+    connect()
+    return int(sys.modules["ray"].cluster_resources().get("GPU", 0))
 
 
 def _may_have_gpus() -> bool:

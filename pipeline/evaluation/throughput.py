@@ -80,10 +80,12 @@ def _distinct_networks(experiment: Experiment, comparisons: Sequence[Sequence[st
         found: dict[str, list[str]] = {}
         for name in comparison:
             found.setdefault(_network_key(experiment, name), []).append(name)
+        position = len(groups)
         for other in [group for group in groups if group.keys() & found.keys()]:
+            position = min(position, groups.index(other))
             groups.remove(other)
             found = {key: [*other.get(key, ()), *found.get(key, ())] for key in {**other, **found}}
-        groups.append(found)
+        groups.insert(position, found)
     return [list(group.values()) for group in groups]
 
 
