@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from pipeline.base.schema import Recipe
@@ -24,6 +23,7 @@ from pipeline.loading import augment
 from pipeline.loading.batching import Batch
 from pipeline.training import recipe as recipes
 from pipeline.training.device_time import DataWait, HostCopy
+from pipeline.training.step_log import StepLog
 
 WEIGHTS, EMA_WEIGHTS = "plain", "ema"
 """Names of the weights and of their moving average."""
@@ -151,6 +151,7 @@ def fit(
     amp: str | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    step_log: StepLog | None = None,
     rank: int = 0,
     world_size: int = 1,
     all_reduce: AllReduce = lambda sums: sums,
@@ -167,6 +168,7 @@ def fit(
         amp: a key of AMP_DTYPES.
         forward: the model as training calls it (compiled, wrapped in DDP); None: the model itself.
         no_sync: a context without gradient synchronization, for all parts of a step but the last.
+        step_log: gets numbers of single steps of this worker.
     Raises, on every worker at the same step, at most one step late:
         NonFiniteLossError: the run has diverged.
         TrainingStopped: `should_stop` returned True.
@@ -196,21 +198,22 @@ def fit(
             rows.append(batch.rows)
             if not batch.ends_step:
                 continue
-            _optimizer_step(training, recipe, step)
+            grad_norm = _optimizer_step(training, recipe, step, with_norm=step_log is not None and step_log.is_due())
             mean = torch.stack(losses).sum()
             # `new_full` fills on the device, where `new_tensor` would copy and wait.
             reduced = all_reduce(torch.stack([mean, mean.new_full((), float(should_stop()))])) / world_size
             # The previous step's: reading this one's loss would wait for the device.
-            stop_requested = _check_previous_step(previous_step, image_names)
+            stop_requested = _check_previous_step(previous_step, image_names, step_log)
+            values = reduced if grad_norm is None else torch.cat([reduced, grad_norm.to(reduced).view(1)])
             lr = training.optimizer.param_groups[0]["lr"]
-            previous_step = (HostCopy(reduced), epoch, step, lr, torch.cat(rows))
+            previous_step = _QueuedStep(HostCopy(values), epoch, step, lr, torch.cat(rows), wait, training.scaler)
             training.losses.append(reduced[0])
             images += recipe.global_batch_size
             losses, rows = [], []
             on_step(training)
             if stop_requested:
                 raise TrainingStopped
-        if _check_previous_step(previous_step, image_names):
+        if _check_previous_step(previous_step, image_names, step_log):
             raise TrainingStopped
         train_loss = torch.stack(training.losses).mean().item()
         seconds = time.perf_counter() - started
@@ -292,25 +295,50 @@ def _seed_device(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _optimizer_step(training: TrainState, recipe: Recipe, step: int) -> None:
-    """Clips the gradient, runs an optimizer step and updates the moving average."""
-    if recipe.clip_grad_norm is not None:
+class _QueuedStep(NamedTuple):
+    """A step whose kernels are queued. Its values are read when those of the next step are queued, too."""
+
+    values: HostCopy
+    """Loss, whether a worker asks to stop, and the norm of the gradient if the step is logged."""
+    epoch: int
+    step: int
+    lr: float
+    rows: Tensor
+    wait: DataWait
+    scaler: torch.amp.GradScaler
+
+
+def _optimizer_step(training: TrainState, recipe: Recipe, step: int, *, with_norm: bool) -> Tensor | None:
+    """Clips the gradient, runs an optimizer step and updates the moving average.
+
+    Returns the norm of the gradient before it is clipped, if it is wanted.
+    """
+    grad_norm = None
+    if recipe.clip_grad_norm is not None or with_norm:
         training.scaler.unscale_(training.optimizer)
-        dispatch_clip_grad(training.model.parameters(), recipe.clip_grad_norm)
+    if recipe.clip_grad_norm is not None:
+        grad_norm = nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_grad_norm)
+    elif with_norm:
+        gradients = [weight.grad for weight in training.model.parameters() if weight.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     if training.ema is not None:
         training.ema.update(training.model, step + 1)
+    return grad_norm if with_norm else None
 
 
 def _check_previous_step(
-    previous_step: tuple[HostCopy, int, int, float, Tensor] | None, image_names: Callable[[Tensor], list[Any]]
+    previous: _QueuedStep | None, image_names: Callable[[Tensor], list[Any]], step_log: StepLog | None
 ) -> bool:
     """Whether a worker asked to stop at that step. Raises: NonFiniteLossError if its loss was not finite."""
-    if previous_step is None:
+    if previous is None:
         return False
-    reduced, epoch, step, lr, rows = previous_step
-    loss, stop = reduced.read()
+    loss, stop, *norm = previous.values.read()
     if not math.isfinite(loss):
-        raise NonFiniteLossError(loss, epoch=epoch, step=step, lr=lr, ids=image_names(rows))
+        names = image_names(previous.rows)
+        raise NonFiniteLossError(loss, epoch=previous.epoch, step=previous.step, lr=previous.lr, ids=names)
+    if step_log is not None and norm:
+        scale = previous.scaler.get_scale() if previous.scaler.is_enabled() else None
+        step_log.add(previous.step, loss=loss, grad_norm=norm[0], wait_s=previous.wait.seconds, loss_scale=scale)
     return stop > 0

@@ -23,6 +23,7 @@ from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
 from pipeline.training import batch_size, device_settings, loop, recipe
 from pipeline.training.checkpoints import CheckpointManager
+from pipeline.training.step_log import StepLog
 
 _POLL_S = 1.0
 
@@ -41,6 +42,8 @@ class WorkerTask:
     """Path or URL of the stop file: when it appears, the training saves a checkpoint and ends."""
     classes: int | None = None
     """Number of classes of the data, which pipeline/loading/datasets.py chooses; None: all."""
+    log_steps: bool = False
+    """Whether rank 0 reports numbers of single steps, as `steps`, with each epoch and each checkpoint within one."""
 
 
 class RayTrainContext:
@@ -86,7 +89,7 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
     context.report(
         {
             "start_step": training.step,
-            "steps": steps_per_epoch * recipe_.epochs,
+            "num_steps": steps_per_epoch * recipe_.epochs,
             "workers": world_size,
             "batch_size": images_per_pass,
             "compiled": compiled,
@@ -99,13 +102,17 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
             best = {name: best.weights for name, best in training.best.items()}
             checkpoints.save(training.step, training.state_dict(), best)
 
+    steps = StepLog(device) if task.log_steps else None
+
     def on_step_end(training: loop.TrainState) -> None:
         if settings.checkpoint_steps and training.step % settings.checkpoint_steps == 0:
             save(training)
+            if steps is not None:
+                context.report({"steps": steps.take()})  # every rank reports
 
     def on_epoch_end(training: loop.TrainState) -> None:
         save(training)
-        context.report(training.history[-1])
+        context.report(training.history[-1] | ({} if steps is None else {"steps": steps.take()}))
 
     rank_args = {"rank": rank, "world_size": world_size}
     loader_args = {"batch_size": images_per_pass, "loader_workers": settings.loader_workers, "device": device}
@@ -131,6 +138,7 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
                 amp=amp,
                 forward=forward,
                 no_sync=no_sync,
+                step_log=steps if rank == 0 else None,
                 all_reduce=_all_reduce if world_size > 1 else lambda sums: sums,
                 **rank_args,
             )

@@ -16,6 +16,7 @@ from pipeline.packing import pack
 from pipeline.packing.sources import digits
 from pipeline.sweeps.trial import LocalContext, TrialDirectory
 from pipeline.training import loop, report_log, trainer, worker
+from pipeline.training.epoch_tracker import EpochTracker
 from tests.conftest import params_with_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,5 +63,5 @@ def test_a_training_that_cannot_compile_says_so(has_compiler, compiled, tmp_path
     [start] = context.reports
     assert start["compiled"] is outcome["compiled"] is compiled
     with caplog.at_level(logging.WARNING):
-        trainer._make_report_handler(experiment, "vit", "")(start)
+        trainer._make_report_handler(experiment, "vit", EpochTracker("vit", lambda epochs, steps: None))(start)
     assert caplog.messages == ([] if compiled else [f"vit: {report_log.EAGER_WARNING}"])
