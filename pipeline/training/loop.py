@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ from pipeline.loading import augment
 from pipeline.loading.batching import Batch
 from pipeline.training import recipe as recipes
 from pipeline.training.device_time import DataWait, HostCopy
-from pipeline.training.step_log import StepLog
+
+if TYPE_CHECKING:
+    from pipeline.training.step_log import StepLog
 
 WEIGHTS, EMA_WEIGHTS = "plain", "ema"
 """Names of the weights and of their moving average."""
