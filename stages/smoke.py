@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class CheckFailedError(RuntimeError):
 
 def run(folder: str = "smoke") -> None:
     """Exits with 1 if a check fails. Raises: ClusterError if the cluster does not answer."""
-    target = Path(folder).absolute()
+    target = Path(folder).absolute() / f"{datetime.now():%Y-%m-%d-%H%M%S}"  # nothing is taken over from a former one
     target.mkdir(parents=True, exist_ok=True)
     job.copy_code(Path.cwd(), target)
     with cluster.local_cluster():
