@@ -30,6 +30,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pipeline.base import config
 from pipeline.loading import augment, batching, datasets
+from pipeline.loading.loader import BatchDecoder, BatchRequest
 from pipeline.packing import pack
 from pipeline.shards import manifests
 
@@ -78,14 +79,15 @@ def ours(images: datasets.IndexedImages, augmentation: dict, batch_size: int) ->
             }
         )
     )
-    transform = augment.build_train_transform(recipe, preset().data)
+    decoder = BatchDecoder(images, augment.build_train_transform(recipe, preset().data))
 
     def batches() -> Iterator[Tensor]:
         for epoch in itertools.count():
             order = batching.epoch_order(len(images), seed=0, epoch=epoch)
-            fetch = batching.BatchDataset(images, transform, order, seed=augment.derive_seed(0, epoch))
             for start in range(0, len(images) - batch_size + 1, batch_size):
-                yield fetch[range(start, start + batch_size)][0]
+                positions = range(start, start + batch_size)
+                rows = order[positions.start : positions.stop].tolist()
+                yield decoder.decode(BatchRequest("train", positions, rows, augment.derive_seed(0, epoch))).pixels
 
     return batches
 

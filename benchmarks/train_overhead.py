@@ -89,7 +89,8 @@ def train(args: argparse.Namespace) -> None:
     from pipeline.training import trainer
 
     def work(task: worker.WorkerTask) -> Any:
-        batching.train_batches = timed(batching.train_batches)
+        loader = batching.BatchLoader
+        loader.train_batches = timed(loader.train_batches)
         return worker.train_loop_per_worker(task)
 
     trainer.train_loop_per_worker = work

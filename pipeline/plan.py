@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,12 +12,17 @@ from flopeq.measure.flops import complexity
 from flopeq.models.build import build
 from pipeline.base.config import Experiment
 from pipeline.base.errors import ConfigError
+from pipeline.base.schema import Recipe
 
 IMAGENET = 1_281_167
 """Training images of ImageNet-1K."""
 
 TRAIN_STEP_COST = 3
 """Cost of a training step in forward passes: a forward pass, and a backward pass at twice its cost."""
+
+LOADER_IMG_PER_S, LOADER_IMG_PER_S_WITH_POLICY = 700, 380
+"""Images per second of one loader process on one core, as docs/data.md has them: JPEGs of 112 KB, a random crop to 224
+pixels and a flop, without and with an augmentation policy. Smaller images are faster."""
 
 _FLOAT_BYTES = 4
 
@@ -42,6 +48,9 @@ class RunEstimate:
     """Sum over all GPUs; None if the throughput is unknown."""
     state_gib: float
     """Memory of weights, gradients, optimizer and moving average on each GPU, without activations."""
+    loaders: int | None
+    """Loader processes per worker that deliver images as fast as its GPU trains on them, each on a core of its own;
+    None if the throughput is unknown."""
     disk_gib: float
     """Kept checkpoints and the final weights."""
 
@@ -76,10 +85,15 @@ def estimate_runs(experiment: Experiment, *, img_per_s: float | None = None) -> 
             params_m=counts.params / 1e6,
             gflops=counts.flops / 1e9,
             gpu_hours=steps * recipe.global_batch_size / train_img_per_s / 3600 if train_img_per_s else None,
+            loaders=math.ceil(train_img_per_s / _loader_img_per_s(recipe)) if train_img_per_s else None,
             state_gib=weights_gib * (4 + has_ema),  # weight, gradient, two moments
             disk_gib=weights_gib
             * (num_checkpoints * (4 + has_ema) + 1),  # a checkpoint: model, two moments, best weights
         )
+
+
+def _loader_img_per_s(recipe: Recipe) -> float:
+    return LOADER_IMG_PER_S_WITH_POLICY if recipe.auto_augment or recipe.color_jitter else LOADER_IMG_PER_S
 
 
 def _dataset_size(experiment: Experiment) -> tuple[int, int]:

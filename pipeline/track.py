@@ -44,7 +44,7 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 
 logger = logging.getLogger(__name__)
 
-EPOCH_METRICS = ("train/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s", "lr")
+EPOCH_METRICS = ("train/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s", "perf/data_wait_pct", "lr")
 
 EMA_METRICS = ("val/ema_top1_pct", "val/ema_top5_pct")
 
@@ -87,6 +87,8 @@ _VIEW_COLUMNS = {
 }
 
 _BEST_METRICS = ("top1_pct", "top1_low_pct", "top1_high_pct")
+
+_LAST_STEP_TAG = "last_logged_step"
 
 _MAX_PARAMS_PER_CALL = 100  # MLflow's limit of parameters per call
 
@@ -149,17 +151,36 @@ def log_epoch(run_id: str, metrics: Mapping[str, float]) -> None:
 
 def log_epochs(run_id: str, history: Iterable[Mapping[str, float]]) -> None:
     """Logs several epochs. Epochs that the run already has are not logged again."""
-    client = _client()
+    history, client = list(history), _client()
+    if not history:
+        return
     with _warn_if_deleted(run_id):
         existing_steps = {metric.step for metric in client.get_metric_history(run_id, "train/loss")}
         metrics = []
         for row in history:
             if (epoch := int(row["epoch"])) not in existing_steps:
-                logged = {key: row[key] for key in EPOCH_METRICS}
-                logged |= {key: row[key] for key in EMA_METRICS if key in row}
+                logged = {key: row[key] for key in (*EPOCH_METRICS, *EMA_METRICS) if key in row}
                 metrics += _to_mlflow_metrics(logged, epoch)
         for start in range(0, len(metrics), _MAX_METRICS_PER_CALL):
             client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS_PER_CALL])
+
+
+def log_steps(run_id: str, rows: Iterable[Mapping[str, float]]) -> None:
+    """Logs numbers of single steps, each at its `step`. Steps that the run already has are not logged again."""
+    rows = list(rows)
+    if not rows:
+        return
+    client = _client()
+    with _warn_if_deleted(run_id):
+        last = client.get_run(run_id).data.tags.get(_LAST_STEP_TAG, "-1")
+        metrics = []
+        for row in rows:
+            if (step := int(row["step"])) > int(last):
+                metrics += _to_mlflow_metrics({key: row[key] for key in row if key != "step"}, step)
+                last = step
+        for start in range(0, len(metrics), _MAX_METRICS_PER_CALL):
+            client.log_batch(run_id, metrics=metrics[start : start + _MAX_METRICS_PER_CALL])
+        client.set_tag(run_id, _LAST_STEP_TAG, last)
 
 
 def log_results(run_id: str | None, metrics: Mapping[str, float | None], artifacts: Iterable[Path] = ()) -> None:

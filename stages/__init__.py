@@ -38,7 +38,7 @@ def run_stage(stage: Callable[..., object]) -> None:
     to stderr without a traceback, and the exit status is 2. Any other error is a bug and has its traceback.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `stages.repro` has DVC, and so its stages, ignore it
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     from stages.inputs import unchanged_inputs
 
     try:

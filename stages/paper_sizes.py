@@ -12,18 +12,19 @@ import logging
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stages import run_stage
-from stages.throughput import log_new_models
+from stages import load_experiment, run_stage
 
 OUT = Path("reports/paper_sizes.json")
 
 
 def run() -> None:
     """Writes an empty list if `throughput.paper_sizes` is off."""
-    from pipeline.base import config
+    from pipeline import cluster
 
-    experiment = config.load_experiment()
-    rows = _measure(experiment.train.gpu is not False) if experiment.throughput.paper_sizes else []
+    experiment = load_experiment()
+    settings, rows = experiment.train, []
+    if experiment.throughput.paper_sizes:
+        rows = cluster.call_on_gpu(_measure, settings.gpu is not False, settings=settings)
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -34,6 +35,7 @@ def _measure(gpu: bool) -> list[dict]:
     from flopeq.backends.malloc import keep_freed_memory
     from flopeq.measure.comparison import measure_table1, select_rows
     from flopeq.measure.throughput import protocol_for
+    from pipeline.evaluation.throughput import log_new_models
 
     device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
     if device == "cpu":

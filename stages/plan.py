@@ -21,7 +21,16 @@ def run(img_per_s: str | None = None) -> None:
     console = Console()
     table = Table(box=rich.box.SIMPLE_HEAD)
     table.add_column("run", no_wrap=True)
-    for column in ("steps", "images/\nworker", "params\nM", "GFLOPs", "GPU-\nhours", "state\nGiB", "disk\nGiB"):
+    for column in (
+        "steps",
+        "images/\nworker",
+        "params\nM",
+        "GFLOPs",
+        "GPU-\nhours",
+        "loaders",
+        "state\nGiB",
+        "disk\nGiB",
+    ):
         table.add_column(column, justify="right", vertical="bottom")
     rows = track(
         plan.estimate_runs(experiment, img_per_s=rate),
@@ -31,8 +40,10 @@ def run(img_per_s: str | None = None) -> None:
         console=Console(stderr=True),
         disable=not console.is_terminal,
     )
-    total = 0.0
+    total, bound = 0.0, []
     for row in rows:
+        if row.loaders is not None and row.loaders > max(1, experiment.train.loader_workers):
+            bound.append(row.run)
         hours = "?" if row.gpu_hours is None else f"{row.gpu_hours:,.0f}"
         total += row.gpu_hours or 0
         table.add_row(
@@ -42,6 +53,7 @@ def run(img_per_s: str | None = None) -> None:
             f"{row.params_m:.1f}",
             f"{row.gflops:.1f}",
             hours,
+            "?" if row.loaders is None else f"{row.loaders}",
             f"{row.state_gib:.1f}",
             f"{row.disk_gib:.1f}",
         )
@@ -53,8 +65,16 @@ def run(img_per_s: str | None = None) -> None:
     )
     console.print(
         f"GPU-hours, {total:,.0f} in total: from {source}.\nState: weights, gradients, optimizer and moving average, "
-        "without activations. Disk: checkpoints and final weights, without shards."
+        "without activations. Disk: checkpoints and final weights, without shards.\nLoaders: processes that decode "
+        f"images as fast as one GPU trains on them, at {plan.LOADER_IMG_PER_S} images/s each on a core of its own, or "
+        f"{plan.LOADER_IMG_PER_S_WITH_POLICY} with an augmentation policy; train.loader_workers is "
+        f"{experiment.train.loader_workers}."
     )
+    if bound:
+        console.print(
+            f"Bound by their input, so that an E or H may train no faster than its X: {', '.join(bound)}. They would "
+            "take longer than their GPU-hours."
+        )
 
 
 def _positive(text: str) -> float:

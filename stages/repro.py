@@ -107,6 +107,8 @@ def _run_pipeline(experiment: config.Experiment, run_names: Sequence[str], targe
         else:
             remaining = targets
         failures = [statuses[name] for name in failed]
+        names = [name for name in run_names if experiment.trained_name(name) not in failed]
+        _evaluate_side_by_side(experiment, names)
         if remaining or not failed:
             failures += _try_dvc("repro", "--keep-going", *remaining)
         if failures and not targets:  # alone, because they depend on `outputs`, and so on the runs that failed
@@ -114,6 +116,20 @@ def _run_pipeline(experiment: config.Experiment, run_names: Sequence[str], targe
         if failed:
             logging.error("%s failed to train; the other runs are evaluated", ", ".join(failed))
         return failures[0] if failures else 0
+
+
+def _evaluate_side_by_side(experiment: config.Experiment, run_names: Sequence[str]) -> None:
+    """Evaluates runs on all GPUs of the cluster, if it has several. What fails is left to the `dvc repro` after it."""
+    at_once = 0 if experiment.train.gpu is False else cluster.num_gpus()
+    if at_once < 2 or len(run_names) < 2:
+        return
+    _try_dvc("repro", "--keep-going", *dict.fromkeys(f"train@{experiment.trained_name(name)}" for name in run_names))
+    stages = [_evaluation_stage(experiment, name) for name in run_names]
+    changed = json.loads(subprocess.check_output([*_DVC, "status", "--json", *stages]))
+    commands = [("--wait-for-lock", "repro", "--single-item", stage) for stage in stages if stage in changed]
+    _, signalled = _run_dvc_commands(commands, at_once)
+    if signalled:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _evaluation_stage(experiment: config.Experiment, run_name: str) -> str:
@@ -140,22 +156,40 @@ def _recipe_stages(experiment: config.Experiment, run_names: Sequence[str]) -> l
 
 def _run_dvc(*words: str) -> None:
     """Runs DVC. Exits with its status if it fails, or with 143 after a SIGTERM, once the running stage has ended."""
-    signals, signalled = [], set()
-    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-    # DVC would die of a SIGTERM and leave its stage behind; told by the shell to ignore it, DVC waits for the stage.
-    with subprocess.Popen(["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *_DVC, *words]) as dvc:
-        try:
-            while (status := dvc.poll()) is None:
-                if signals:
-                    _terminate_stage(dvc.pid, signalled)
-                time.sleep(_POLL_S)
-        except KeyboardInterrupt:  # the terminal sent it to DVC as well, which ends the running stage
-            dvc.wait()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    [status], signalled = _run_dvc_commands([words], at_once=1)
     if status:
-        sys.exit(128 + signals[0] if signals else status)
+        sys.exit(128 + signal.SIGTERM if signalled else status)
+
+
+def _run_dvc_commands(commands: Sequence[Sequence[str]], at_once: int) -> tuple[list[int], bool]:
+    """Runs DVC with each list of arguments, so many at once. After a SIGTERM, the running stages end and no more start.
+
+    Returns the exit statuses, and whether there was a SIGTERM.
+    """
+    signals, signalled, waiting, statuses = [], set(), list(commands), []
+    running: list[subprocess.Popen[bytes]] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                # DVC would die of a SIGTERM and leave its stage behind; told by the shell to ignore it, DVC waits for
+                # the stage.
+                command = ["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *_DVC, *waiting.pop(0)]
+                running.append(subprocess.Popen(command))
+            time.sleep(_POLL_S)
+            statuses += [dvc.returncode for dvc in running if dvc.poll() is not None]
+            running = [dvc for dvc in running if dvc.returncode is None]
+            if signals:
+                waiting.clear()
+                for dvc in running:
+                    _terminate_stage(dvc.pid, signalled)
+    except KeyboardInterrupt:  # the terminal sent it to DVC as well, which ends the running stage
+        for dvc in running:
+            dvc.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return statuses, bool(signals)
 
 
 def _terminate_stage(dvc: int, signalled: set[int]) -> None:

@@ -53,6 +53,18 @@ def test_plan_follows_from_the_recipe(imagenet, away_from_shards):
     assert hybrid.state_gib == pytest.approx(hybrid.params_m * 1e6 * 20 / 2**30)  # one more, the average
 
 
+def test_plan_says_how_many_processes_must_decode_for_a_gpu(imagenet, away_from_shards):
+    """10 processes of 356 to 406 images/s with an augmentation policy, and of 700 without one (docs/data.md)."""
+    (small,) = plan.estimate_runs(only(imagenet, "e-vit-s"))
+    assert small.loaders == 6  # 6565 / 3 images/s of training, at 380 with ThreeAugment
+    (fast,) = plan.estimate_runs(only(imagenet, "e-vit-s"), img_per_s=4500)
+    assert fast.loaders == 12 > imagenet.train.loader_workers
+    bare = imagenet.recipes["vit-s"].model_copy(update={"auto_augment": None, "color_jitter": 0.0})
+    plain = imagenet.model_copy(update={"recipes": {**imagenet.recipes, "vit-s": bare}})
+    (bare_run,) = plan.estimate_runs(only(plain, "e-vit-s"), img_per_s=4500)
+    assert bare_run.loaders == 7
+
+
 def test_given_throughput_takes_the_papers_place(imagenet, away_from_shards):
     (row,) = plan.estimate_runs(only(imagenet, "h-convnext-s"), img_per_s=1000)
     assert row.gpu_hours == pytest.approx(300 * 312 * 4096 / 1000 / 3600)

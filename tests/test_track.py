@@ -21,7 +21,8 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.tracking_uri import check_tracking
 from stages import ui
 
-EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "perf/img_per_s": 900.0, "lr": 1e-3}
+EPOCH = {"train/loss": 2.0, "val/top1_pct": 40.0, "val/top5_pct": 80.0, "lr": 1e-3}
+EPOCH |= {"perf/img_per_s": 900.0, "perf/data_wait_pct": 3.0}
 
 
 @pytest.fixture

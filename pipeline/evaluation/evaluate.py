@@ -6,7 +6,7 @@ Legend: N images, K classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flopeq.square import FLOP, IDENTITY
+from flopeq.square import FLOP, IDENTITY, Symmetry
 from flopeq.testing import logit_group, relative_error
 from pipeline import track
 from pipeline.base.config import Experiment
@@ -25,7 +25,7 @@ from pipeline.evaluation import predictions, statistics, validation_sets, weight
 from pipeline.evaluation.networks import load_trained_network
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
-from pipeline.training import loop
+from pipeline.training import device_settings, loop
 
 BATCH_SIZE = 256
 
@@ -37,17 +37,26 @@ TOP1_BOUNDS = ("val/top1_low_pct", "val/top1_high_pct")
 Metrics = dict[str, float | bool]
 
 
-def evaluate_run(experiment: Experiment, run_name: str, outputs: Path = Path("outputs")) -> Metrics:
+def call_here(function: Callable[..., Metrics], *arguments: Any) -> Metrics:
+    """Calls a function in this process. A stage passes one that calls it where the GPUs are."""
+    return function(*arguments)
+
+
+def evaluate_run(
+    experiment: Experiment, run_name: str, outputs: Path = Path("outputs"), call: Callable[..., Metrics] = call_here
+) -> Metrics:
     """Evaluates a trained run, writes its metrics.json and predictions.parquet, and logs the metrics to its MLflow run.
 
     The metrics are those of `evaluate_model`, for the best plain weights and, if the recipe has a moving average, for
     the best averaged weights. `converged` says whether the loss stayed finite to the last epoch and top-1 is well above
     chance level.
 
+    Args:
+        call: calls a function with arguments where it computes fastest.
     Raises: ConfigError if the run was not trained; ShardError and SourceError for unreadable images.
     """
     experiment.check_is_trained(run_name)
-    metrics = evaluate_trained_weights(experiment, run_name, outputs / run_name, outputs)
+    metrics = call(evaluate_trained_weights, experiment, run_name, outputs / run_name, outputs)
     # Training logs the others at every epoch; the bounds belong to the kept weights, as best/top1_pct of the report.
     not_logged = {*track.EPOCH_METRICS, *track.EMA_METRICS, "val/loss", *TOP1_BOUNDS}
     new_metrics = {name: value for name, value in metrics.items() if name not in {*not_logged, "converged"}}
@@ -72,6 +81,7 @@ def evaluate_trained_weights(
     if not info.is_file():
         raise ConfigError(f"{info} not found: run `dvc repro train@{run_name}` first")
     recipe_, shards = experiment.recipe(run_name), _open_shards(experiment)
+    device_settings.apply_backend_settings(experiment.train)
 
     def load(file: str) -> nn.Module:
         num_classes = len(shards.classes)
@@ -106,6 +116,7 @@ def evaluate_weights(
     unreadable images.
     """
     recipe_, shards = _recipe_for_model(experiment, model_name), _open_shards(experiment)
+    device_settings.apply_backend_settings(experiment.train)
     model = weights.load_weights(
         path, model_name, model_args, num_classes=len(shards.classes), image_size=experiment.data.image_size
     )
@@ -115,16 +126,17 @@ def evaluate_weights(
 def evaluate_model(
     experiment: Experiment, recipe_: Recipe, shards: manifests.Shards, model: nn.Module, ema: nn.Module | None = None
 ) -> Evaluated:
-    """Evaluates models once on every validation image and every image of the further sets, in float32.
+    """Evaluates models once on every validation image and every image of the further sets, in training's precision.
 
     `val/top1_low_pct` and `val/top1_high_pct` are Wilson's 95 % interval of `val/top1_pct`;
     `val/flop_agreement_pct` is the share of images with the same top-1 class as their flop;
-    `equivariance/max_rel_error` is the largest relative difference between the logits of both, over the batches, and
-    over the other symmetries that the logits are invariant under, on the first batch;
+    `equivariance/max_rel_error` is the largest relative difference between the logits of both, in float32, over the
+    batches, or over the first one if training's precision is lower, and over the other symmetries that the logits are
+    invariant under, on the first batch;
     `val/ema_...` is the accuracy of `ema`. `val/real_top1_pct` is the accuracy of `model` on ImageNet's reassessed
     labels, `<name>/...` its accuracy on a further set (pipeline/evaluation/validation_sets.py).
     """
-    device = _select_device(experiment)
+    device, amp = _select_device(experiment), experiment.train.amp if recipe_.mixed_precision else None
     images = datasets.IndexedImages(shards, "val")
     further_sets = {
         name: validation_sets.load_further_set(name, folder, shards.classes)
@@ -142,7 +154,7 @@ def evaluate_model(
             device=device,
         )
 
-    predicted = _predict(model, ema, batches(images))
+    predicted = _predict(model, ema, batches(images), amp)
     metrics = {
         **_accuracy_metrics("val/", predicted.top5, images.labels),
         **_top1_bounds(predicted.top5[:, 0] == images.labels),
@@ -155,7 +167,7 @@ def evaluate_model(
     if labels := validation_sets.real_labels(shards.classes, images.keys(range(len(images)))):
         metrics["val/real_top1_pct"] = validation_sets.real_top1_pct(predicted.top5[:, 0].tolist(), labels)
     for name, further_images in further_sets.items():
-        further = loop.evaluate(model, batches(further_images))
+        further = loop.evaluate(model, batches(further_images), amp=amp)
         metrics |= {f"{name}/top1_pct": further.top1_pct, f"{name}/top5_pct": further.top5_pct}
     return Evaluated(metrics, predicted, images)
 
@@ -187,30 +199,50 @@ class Evaluated(NamedTuple):
 
 
 @torch.inference_mode()
-def _predict(model: nn.Module, ema: nn.Module | None, batches: Iterable[batching.Batch]) -> Predictions:
+def _predict(
+    model: nn.Module, ema: nn.Module | None, batches: Iterable[batching.Batch], amp: str | None
+) -> Predictions:
+    """Waits for a GPU only after the first batch and at the end."""
     top5, flop_top5, ema_top5, losses, errors = [], [], [], [], []
     others = [g for g in logit_group(model).elements if g not in (IDENTITY, FLOP)]
     for batch in batches:
-        logits, flopped = model(batch.images), model(batch.images.flip(-1))
-        if not errors:
-            errors += [relative_error(model(g(batch.images)), logits) for g in others]
+        device = batch.images.device
+        with loop.autocast(device, amp):
+            logits, flopped = model(batch.images), model(batch.images.flip(-1))
+            if ema is not None:
+                ema_top5.append(_top_classes(ema(batch.images)))
         top5.append(_top_classes(logits))
         flop_top5.append(_top_classes(flopped))
-        if ema is not None:
-            ema_top5.append(_top_classes(ema(batch.images)))
-        losses.append(F.cross_entropy(logits.double(), batch.labels, reduction="none").cpu())
-        errors.append(relative_error(flopped, logits))
+        losses.append(F.cross_entropy(logits.double(), batch.labels, reduction="none"))
+        is_exact = amp is None and device.type == "cpu"
+        if not errors:
+            errors += _exact_errors(model, batch.images, others if is_exact else [FLOP, *others])
+        if is_exact:
+            errors.append(relative_error(flopped, logits))
     return Predictions(
-        torch.cat(top5),
-        torch.cat(flop_top5),
-        torch.cat(ema_top5) if ema_top5 else None,
-        torch.cat(losses),
+        torch.cat(top5).cpu(),
+        torch.cat(flop_top5).cpu(),
+        torch.cat(ema_top5).cpu() if ema_top5 else None,
+        torch.cat(losses).cpu(),
         torch.tensor(errors).max().item(),
     )
 
 
+def _exact_errors(model: nn.Module, images: Tensor, symmetries: Sequence[Symmetry]) -> list[float]:
+    """Returns, for each symmetry, by how much it changes the logits, relative, in float32 without TF32."""
+    if not symmetries:
+        return []
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        logits = model(images)
+        return [relative_error(model(symmetry(images)), logits) for symmetry in symmetries]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _top_classes(logits: Tensor) -> Tensor:
-    return logits.topk(min(5, logits.shape[1])).indices.cpu()
+    return logits.topk(min(5, logits.shape[1])).indices
 
 
 def _accuracy_metrics(prefix: str, top5: Tensor, labels: Tensor) -> dict[str, float]:

@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -139,19 +139,66 @@ class Normalize:
         return normalized.sub_(self.shift).mul_(self.scale)
 
 
-class RandomErasingBatch:
-    """timm's random erasing, in place, with normal noise on the normalized batch. Each image has its own seed."""
+class ErasedPatches(NamedTuple):
+    """The rectangles of a batch that random erasing replaces, and their new values."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        # The noise comes from the CPU generator, which `seed_generators` seeds, on every device.
+    boxes: Tensor
+    """(P, 5) int64: index of the image in the batch, top, left, height, width."""
+    values: Tensor
+    """float32, the values (3, height, width) of all rectangles, flat, one rectangle after another."""
+
+
+class RandomErasingSampler:
+    """timm's random erasing with normal noise: draws what `erase_patches` replaces in a batch. Each image has its own
+    seed.
+
+    It needs no images, so loader processes draw the noise, and a batch of images gets it in one copy.
+    """
+
+    def __init__(self, recipe: Recipe, image_size: int) -> None:
         self.erase = RandomErasing(recipe.random_erasing, mode="pixel", device="cpu")
+        self.image_size = image_size
 
-    def __call__(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
+    def __call__(self, seeds: Iterable[int]) -> ErasedPatches:
+        boxes, values = [], [torch.empty(0)]
         with preserve_rng_state():
-            for image, seed in zip(images, seeds, strict=True):
+            for index, seed in enumerate(seeds):
                 seed_generators(seed)
+                image = _RecordedImage(self.image_size)
                 self.erase(image)
-        return images
+                boxes += [[index, *box] for box in image.boxes]
+                values += image.values
+        return ErasedPatches(torch.tensor(boxes, dtype=torch.int64).view(-1, 5), torch.cat(values))
+
+
+class _RecordedImage:
+    """Stands for a float32 image (3, H, W) in timm's random erasing, and records what is assigned to it."""
+
+    dtype = torch.float32
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+        self.boxes: list[tuple[int, int, int, int]] = []
+        """Top, left, height, width of each assignment."""
+        self.values: list[Tensor] = []
+
+    def size(self) -> tuple[int, int, int]:
+        return 3, self.side, self.side
+
+    def __setitem__(self, region: tuple[slice, slice, slice], values: Tensor) -> None:
+        _, rows, columns = region
+        self.boxes.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+        self.values.append(values.flatten())
+
+
+def erase_patches(images: Tensor, patches: ErasedPatches) -> Tensor:
+    """Replaces the rectangles in normalized images (B, 3, H, W), in place. Does not wait for the images' device."""
+    values, start = patches.values.to(images.device, non_blocking=True), 0
+    for index, top, left, height, width in patches.boxes.tolist():
+        stop = start + 3 * height * width
+        images[index, :, top : top + height, left : left + width] = values[start:stop].view(3, height, width)
+        start = stop
+    return images
 
 
 MixupFn = Callable[[Tensor, Tensor, Sequence[int]], tuple[Tensor, Tensor]]

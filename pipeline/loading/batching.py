@@ -8,21 +8,16 @@ only on the position of the group (see `augment`). So every world size and a res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from pipeline.base.errors import ShardError, SourceError
 from pipeline.base.schema import Data, Recipe
 from pipeline.loading import augment
 from pipeline.loading.datasets import ImageDataset
-
-PREFETCH_FACTOR = 4  # batches that each loader process prepares in advance
-
-_ERASING_STREAM, _MIXUP_STREAM = 1, 2  # distinguishes seeds for erasing and mixup from those for the crop
+from pipeline.loading.loader import MIXUP_STREAM, BatchDecoder, BatchRequest, Loader
 
 
 class Batch(NamedTuple):
@@ -68,6 +63,113 @@ def steps_per_epoch(num_images: int, global_batch_size: int) -> int:
     return num_images // global_batch_size
 
 
+class BatchLoader:
+    """The batches of one rank, from loader processes that serve all epochs and splits and end with the context.
+
+    Args:
+        images: the images of `train` and `val`, or of one of them.
+        batch_size: number of images per microbatch, in training a multiple of `mixup_group`. None uses the whole part
+            of a rank in a global batch.
+        loader_workers: number of loader processes. 0 decodes in this process.
+    """
+
+    def __init__(
+        self,
+        images: Mapping[str, ImageDataset],
+        recipe: Recipe,
+        data: Data,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int | None = None,
+        loader_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images, self.recipe, self.device = images, recipe, device
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self._normalize = augment.Normalize(data, device)
+        decoders = {}
+        if "train" in images:
+            erasing = augment.RandomErasingSampler(recipe, data.image_size) if recipe.random_erasing else None
+            decoders["train"] = BatchDecoder(images["train"], augment.build_train_transform(recipe, data), erasing)
+        if "val" in images:
+            decoders["val"] = BatchDecoder(images["val"], augment.build_eval_transform(recipe, data))
+        self._loader = Loader(decoders, workers=loader_workers, device=device)
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loader.close()
+
+    def train_batches(self, *, seed: int, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yields this rank's part of every global batch of an epoch, augmented, from `start_step` on.
+
+        A global batch is divided into whole groups of `mixup_group` images, so ranks may get unequal numbers of images.
+
+        Raises: ValueError if a batch does not consist of whole groups, if there are more ranks than groups, if repeats
+            of an image would share a group, or if there are not enough images for a global batch.
+        """
+        recipe, num_images = self.recipe, len(self.images["train"])
+        size, group, num_repeats = recipe.global_batch_size, recipe.mixup_group, recipe.repeated_augmentation
+        start, stop = self._rank_part()
+        order = epoch_order(num_images, seed=seed, epoch=epoch, num_repeats=num_repeats, global_batch_size=size)
+        microbatch_size = self.batch_size or stop - start
+        positions = [
+            range(step * size + offset, step * size + min(offset + microbatch_size, stop))
+            for step in range(start_step, steps_per_epoch(num_images, size))
+            for offset in range(start, stop, microbatch_size)
+        ]
+        epoch_seed = augment.derive_seed(seed, epoch)
+        requests = (
+            BatchRequest("train", microbatch, order[microbatch.start : microbatch.stop].tolist(), epoch_seed)
+            for microbatch in positions
+        )
+        for microbatch, decoded in zip(positions, self._loader.load(requests), strict=True):
+            inputs = self._normalize(decoded.pixels)
+            if decoded.patches is not None:
+                augment.erase_patches(inputs, decoded.patches)
+            yield Batch(
+                inputs,
+                decoded.labels.to(self.device, non_blocking=True),
+                order[microbatch.start : microbatch.stop],
+                tuple(augment.derive_seed(epoch_seed, position, MIXUP_STREAM) for position in microbatch[::group]),
+                microbatch.stop % size == stop % size,
+            )
+
+    def val_batches(self) -> Iterator[Batch]:
+        """Yields batches in which every image of the split occurs exactly once over all ranks, in the index's order.
+
+        Ranks may get unequal numbers of batches, or none. Make collective calls only after the loop.
+        """
+        num_images = len(self.images["val"])
+        start, stop = (num_images * part // self.world_size for part in (self.rank, self.rank + 1))
+        batch_size = self.batch_size or num_images
+        positions = [range(offset, min(offset + batch_size, stop)) for offset in range(start, stop, batch_size)]
+        requests = (BatchRequest("val", microbatch, list(microbatch), seed=0) for microbatch in positions)
+        for microbatch, decoded in zip(positions, self._loader.load(requests), strict=True):
+            labels = decoded.labels.to(self.device, non_blocking=True)
+            yield Batch(self._normalize(decoded.pixels), labels, torch.arange(microbatch.start, microbatch.stop))
+
+    def _rank_part(self) -> tuple[int, int]:
+        """Returns where this rank's part of a global batch starts and stops."""
+        recipe, world_size = self.recipe, self.world_size
+        size, group, num_repeats = recipe.global_batch_size, recipe.mixup_group, recipe.repeated_augmentation
+        num_groups = size // group
+        if size % group or (self.batch_size or group) % group:
+            raise ValueError(
+                f"batches of {size} and {self.batch_size} images do not consist of whole groups of {group}"
+            )
+        if world_size > num_groups:
+            raise ValueError(f"a global batch of {num_groups} groups does not divide among {world_size} workers")
+        if num_repeats > 1 and group > size // num_repeats:
+            raise ValueError(
+                f"groups of {group} images in a global batch of {size} would contain several of {num_repeats} repeats"
+            )
+        start, stop = (num_groups * part // world_size * group for part in (self.rank, self.rank + 1))
+        return start, stop
+
+
 def train_batches(
     images: ImageDataset,
     recipe: Recipe,
@@ -75,134 +177,15 @@ def train_batches(
     *,
     seed: int,
     epoch: int,
-    rank: int = 0,
-    world_size: int = 1,
     start_step: int = 0,
-    batch_size: int | None = None,
-    loader_workers: int = 0,
-    device: torch.device | str = "cpu",
+    **loader_args: Any,
 ) -> Iterator[Batch]:
-    """Yields this rank's part of every global batch of an epoch, augmented, from `start_step` on.
-
-    A global batch is divided into whole groups of `mixup_group` images, so ranks may get unequal numbers of images.
-
-    Args:
-        batch_size: number of images per microbatch, a multiple of `mixup_group`. None uses the whole part.
-    Raises: ValueError if a batch does not consist of whole groups, if there are more ranks than groups, if repeats of
-        an image would share a group, or if there are not enough images for a global batch.
-    """
-    size, group, num_repeats = recipe.global_batch_size, recipe.mixup_group, recipe.repeated_augmentation
-    num_groups = size // group
-    if size % group or (batch_size or group) % group:
-        raise ValueError(f"batches of {size} and {batch_size} images do not consist of whole groups of {group}")
-    if world_size > num_groups:
-        raise ValueError(f"a global batch of {num_groups} groups does not divide among {world_size} workers")
-    if num_repeats > 1 and group > size // num_repeats:
-        raise ValueError(
-            f"groups of {group} images in a global batch of {size} would contain several of {num_repeats} repeats"
-        )
-    order = epoch_order(len(images), seed=seed, epoch=epoch, num_repeats=num_repeats, global_batch_size=size)
-    start, stop = (num_groups * part // world_size * group for part in (rank, rank + 1))
-    microbatch_size = batch_size or stop - start
-    positions = [
-        range(step * size + offset, step * size + min(offset + microbatch_size, stop))
-        for step in range(start_step, steps_per_epoch(len(images), size))
-        for offset in range(start, stop, microbatch_size)
-    ]
-    fetch = BatchDataset(
-        images, augment.build_train_transform(recipe, data), order, seed=augment.derive_seed(seed, epoch)
-    )
-    normalize, erase = augment.Normalize(data, device), augment.RandomErasingBatch(recipe)
-    for microbatch, (pixels, labels) in zip(
-        positions, _iterate_loader(fetch, positions, loader_workers, device), strict=True
-    ):
-        inputs = normalize(pixels)
-        if recipe.random_erasing:
-            erase(inputs, (augment.derive_seed(fetch.seed, position, _ERASING_STREAM) for position in microbatch))
-        yield Batch(
-            inputs,
-            labels.to(device, non_blocking=True),
-            order[microbatch.start : microbatch.stop],
-            tuple(augment.derive_seed(fetch.seed, position, _MIXUP_STREAM) for position in microbatch[::group]),
-            microbatch.stop % size == stop % size,
-        )
+    """Yields the batches of one epoch. `BatchLoader` documents the arguments; it keeps its processes over epochs."""
+    with BatchLoader({"train": images}, recipe, data, **loader_args) as loader:
+        yield from loader.train_batches(seed=seed, epoch=epoch, start_step=start_step)
 
 
-def val_batches(
-    images: ImageDataset,
-    recipe: Recipe,
-    data: Data,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    loader_workers: int = 0,
-    device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
-    """Yields batches in which every image of the split occurs exactly once over all ranks, in the order of the index.
-
-    Ranks may get unequal numbers of batches, or none. Make collective calls only after the loop.
-    """
-    num_images = len(images)
-    start, stop = (num_images * part // world_size for part in (rank, rank + 1))
-    positions = [range(offset, min(offset + batch_size, stop)) for offset in range(start, stop, batch_size)]
-    fetch = BatchDataset(images, augment.build_eval_transform(recipe, data), torch.arange(num_images), seed=0)
-    normalize = augment.Normalize(data, device)
-    for microbatch, (pixels, labels) in zip(
-        positions, _iterate_loader(fetch, positions, loader_workers, device), strict=True
-    ):
-        labels = labels.to(device, non_blocking=True)
-        yield Batch(normalize(pixels), labels, fetch.order[microbatch.start : microbatch.stop])
-
-
-class BatchDataset(Dataset):
-    """positions -> (uint8 (B, 3, H, W), labels (B,)). Seeds the generators for each image from its position."""
-
-    def __init__(
-        self, images: ImageDataset, transform: Callable[[Tensor], Tensor], order: Tensor, *, seed: int
-    ) -> None:
-        self.images, self.transform, self.order, self.seed = images, transform, order, seed
-
-    def __getitem__(self, positions: range) -> tuple[Tensor, Tensor]:
-        rows = self.order[positions.start : positions.stop]
-        jpegs = self.images.read_jpegs(rows.tolist())
-        pixels_BHWC = []
-        with augment.preserve_rng_state():
-            for position, row, jpeg in zip(positions, rows.tolist(), jpegs, strict=True):
-                augment.seed_generators(augment.derive_seed(self.seed, position))
-                pixels_BHWC.append(self.transform(self.images.decode(row, jpeg)).permute(1, 2, 0))
-        return torch.stack(pixels_BHWC).permute(0, 3, 1, 2), self.images.labels[rows]
-
-
-class WorkerDataset(Dataset):
-    """A BatchDataset for loader processes. It returns errors as values, because torch would wrap them in a
-    traceback."""
-
-    def __init__(self, fetch: BatchDataset) -> None:
-        self.fetch = fetch
-
-    def __getitem__(self, positions: range) -> tuple[Tensor, Tensor] | ValueError:
-        try:
-            return self.fetch[positions]
-        except (ShardError, SourceError) as error:
-            return error
-
-
-def _iterate_loader(
-    fetch: BatchDataset, positions: list[range], loader_workers: int, device: torch.device | str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    if not loader_workers:
-        yield from (fetch[microbatch] for microbatch in positions)
-        return
-    for fetched in DataLoader(
-        WorkerDataset(fetch),
-        batch_size=None,
-        sampler=positions,
-        num_workers=loader_workers,
-        prefetch_factor=PREFETCH_FACTOR,
-        pin_memory=torch.device(device).type == "cuda",
-        generator=torch.Generator(),  # otherwise it draws an unused seed from the global generator
-    ):
-        if isinstance(fetched, ValueError):
-            raise fetched
-        yield fetched
+def val_batches(images: ImageDataset, recipe: Recipe, data: Data, **loader_args: Any) -> Iterator[Batch]:
+    """Yields the batches of one pass over validation images. `BatchLoader` documents the arguments."""
+    with BatchLoader({"val": images}, recipe, data, **loader_args) as loader:
+        yield from loader.val_batches()

@@ -51,6 +51,17 @@ def baseline_of(experiment: Experiment, name: str) -> str | None:
     return max(candidates, key=lambda fit: fit[0])[1] if candidates else None
 
 
+def comparison_groups(experiment: Experiment) -> list[list[str]]:
+    """Returns all runs, each X together with the runs that are compared with it."""
+    groups: dict[str, list[str]] = {}
+    for name in experiment.run_names:
+        root = name
+        while (baseline := baseline_of(experiment, root)) is not None:
+            root = baseline
+        groups.setdefault(root, []).append(name)
+    return list(groups.values())
+
+
 def symmetrized_baseline_of(experiment: Experiment, name: str) -> str | None:
     """Returns the symmetrized run of the X that a network is compared with: the first over the network's group, or
     else the first.

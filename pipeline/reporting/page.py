@@ -35,6 +35,9 @@ from pipeline.reporting.table import (
     summarize_runs,
 )
 
+INPUT_BOUND_PCT = 10.0
+"""From this share of waiting on, the report says that a training was bound by its input."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -198,6 +201,12 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         "that becomes speed.",
         f"Versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'timm'))}.",
     ]
+    if waits := {r.run: r.data_wait_pct for r in results if (r.data_wait_pct or 0) >= INPUT_BOUND_PCT}:
+        shares = ", ".join(f"{run} {share:.0f}%" for run, share in waits.items())
+        notes.append(
+            f"Bound by their input: these trainings waited for images for a part of their time ({shares}). How fast "
+            "they trained says little about their networks. Throughput here is measured without loading."
+        )
     if symmetrized := experiment.symmetrized.values():
         kinds = dict.fromkeys(f"group {run.group}, {run.how}" for run in symmetrized)
         notes.append(

@@ -143,6 +143,13 @@ class RunResult:
         return found and found.median
 
     @property
+    def data_wait_pct(self) -> float | None:
+        """Mean share of an epoch's training in which the slowest worker had no batch; None if it was not measured."""
+        known = [row["perf/data_wait_pct"] for row in self.history if "perf/data_wait_pct" in row]
+        known = [value for value in known if math.isfinite(value)]
+        return sum(known) / len(known) if known else None
+
+    @property
     def mlflow_run_id(self) -> str | None:
         return self.run_info.get("mlflow_run_id")
 
@@ -178,6 +185,7 @@ class RunResult:
             **with_quartiles("perf/throughput_ratio", quartiles_of(self.throughput_ratios)),
             "complexity/flop_ratio": self.flop_ratio,
             "perf/share": self.share,
+            "perf/data_wait_pct": self.data_wait_pct,
             **difference_metrics("difference/to_x", self.minus_baseline),
             **difference_metrics("difference/to_symmetrized", self.minus_symmetrized),
             **difference_metrics("difference/to_own_recipe", self.minus_own_recipe),

@@ -38,9 +38,11 @@ def with_quartiles(name: str, found: Quartiles | None) -> dict[str, float]:
 def ratios_of_passes(entry: Mapping[str, Any], baseline: Mapping[str, Any]) -> tuple[float, ...]:
     """Returns the throughput of a run over that of its baseline for each pair of neighbouring passes.
 
-    The arguments are entries of throughput.json. Returns () if one of them is empty, or if they were not measured under
-    the same conditions.
+    The arguments are entries of throughput.json. Returns () if one of them is empty, if they were not measured under
+    the same conditions, or if they did not alternate because they do not fit the device's memory together.
     """
     if not entry or not baseline or any(entry[key] != baseline[key] for key in _CONDITIONS):
+        return ()
+    if not (entry.get("alternated", True) and baseline.get("alternated", True)):
         return ()
     return tuple(slow / fast for fast, slow in zip(entry["pass_s"], baseline["pass_s"], strict=True))

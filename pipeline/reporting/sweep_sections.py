@@ -69,7 +69,7 @@ def _split_section(findings: Mapping[str, Any], rendered_figures: tuple[Rendered
             f"{row['params']:,}",
             f"{row['flops']:,}",
             f"{row['flop_fraction']:.2f}",
-            f"{row['img_per_s']:,.0f}",
+            "–" if row["img_per_s"] is None else f"{row['img_per_s']:,.0f}",
             "yes" if row["on_front"] else "no",
         )
         for row in findings["splits"]

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from pipeline.base.errors import ShardError
 from pipeline.base.files import new_checksum
-from pipeline.shards.store import VERIFY_HINT, ByteRange, FileEntries, raise_open_file_limit
+from pipeline.shards.open_files import OpenFiles
+from pipeline.shards.store import VERIFY_HINT, ByteRange, FileEntries
 
 _log = logging.getLogger(__name__)
 
@@ -36,12 +37,12 @@ class ShardCache:
         if self.cache_dir.stat().st_uid != os.getuid():
             raise ShardError(f"{self.cache_dir} belongs to another user: set TMPDIR to a folder of your own")
         self._lock_fd = _acquire_lock(_lock_path(self.folder), fcntl.LOCK_SH)
-        self._descriptors: dict[str, int] = {}
+        self._files: OpenFiles | None = None
 
     def __del__(self) -> None:
-        for descriptor in (*self.__dict__.pop("_descriptors", {}).values(), self.__dict__.pop("_lock_fd", None)):
-            if descriptor is not None:
-                os.close(descriptor)
+        descriptor = self.__dict__.pop("_lock_fd", None)
+        if descriptor is not None:
+            os.close(descriptor)
 
     def path(self, shard: str) -> Path:
         """Returns the path of a shard in the cache."""
@@ -49,16 +50,12 @@ class ShardCache:
 
     def read(self, part: ByteRange) -> bytes | None:
         """Returns the bytes, or None if the shard is not in the cache."""
-        descriptor = self._descriptors.get(part.shard)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self.path(part.shard), os.O_RDONLY)
-            except FileNotFoundError:
-                return None
-            if not self._descriptors:
-                raise_open_file_limit(len(self.shards))
-            self._descriptors[part.shard] = descriptor
-        content = os.pread(descriptor, part.size, part.offset)
+        if self._files is None:
+            self._files = OpenFiles(len(self.shards))
+        try:
+            content = self._files.read(self.path(part.shard), part.offset, part.size)
+        except FileNotFoundError:
+            return None
         return content if len(content) == part.size else None
 
 

@@ -6,14 +6,13 @@ each process opens its own file descriptors and connections on its first read.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.base.errors import ShardError
+from pipeline.shards.open_files import OpenFiles
 
 CHUNK_BYTES = 8 << 20  # size of the chunks in which a whole shard is read
 
@@ -89,18 +88,14 @@ def list_folder(folder: Path) -> dict[str, int]:
 
 
 class LocalStore:
-    """Shards in a folder. File descriptors stay open after the first read."""
+    """Shards in a folder. Files stay open after the first read, up to a limit (pipeline/shards/open_files.py)."""
 
     def __init__(self, folder: Path, shards: FileEntries) -> None:
         self.folder, self.shards = folder, shards
-        self._descriptors: dict[str, int] = {}
+        self._files: OpenFiles | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_descriptors": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.pop("_descriptors", {}).values():
-            os.close(descriptor)
+        return vars(self) | {"_files": None}
 
     def location_of(self, shard: str) -> str:
         return str(self.folder / shard)
@@ -124,25 +119,9 @@ class LocalStore:
             offset += len(content)
 
     def _pread(self, shard: str, size: int, offset: int) -> bytes:
-        descriptor = self._descriptors[shard] if shard in self._descriptors else self._open(shard)
+        if self._files is None:
+            self._files = OpenFiles(len(self.shards))
         try:
-            return os.pread(descriptor, size, offset)
+            return self._files.read(self.folder / shard, offset, size)
         except OSError as error:
             raise ShardError(f"{self.location_of(shard)} cannot be read ({error.strerror}): {VERIFY_HINT}") from None
-
-    def _open(self, shard: str) -> int:
-        if not self._descriptors:
-            raise_open_file_limit(len(self.shards))
-        try:
-            self._descriptors[shard] = os.open(self.folder / shard, os.O_RDONLY)
-        except OSError as error:
-            raise ShardError(f"{self.location_of(shard)} cannot be opened ({error.strerror}): {VERIFY_HINT}") from None
-        return self._descriptors[shard]
-
-
-def raise_open_file_limit(number: int) -> None:
-    """Raises the open file limit of this process, which is commonly 1,024: ImageNet has more shards than that."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < number + 512:
-        with contextlib.suppress(ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(number + 512, hard), hard))

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 
 from flopeq.measure.flops import complexity
-from flopeq.measure.throughput import throughput
+from flopeq.measure.throughput import Protocol, measure_throughput_if_fits
 from flopeq.models.build import build
+from pipeline import cluster
 from pipeline.base.config import Experiment
-from pipeline.base.schema import Split
+from pipeline.base.schema import Run, Split
 from pipeline.sweeps import analysis, engine
 from pipeline.sweeps.splits import split_args, split_run, splits_to_try
 from pipeline.sweeps.sweep import Sweep
@@ -117,9 +119,7 @@ def _measure_splits(
     num_classes: int,
 ) -> list[dict[str, Any]]:
     """Returns a row for every split of every family: its accuracy, and the cost of the full-size model."""
-    settings, side = experiment.throughput, experiment.data.image_size
-    on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
-    rows = []
+    side, rows = experiment.data.image_size, []
     for name, family_splits in splits.items():
         runs = {k: split_run(experiment, name, k) for k in family_splits}
         complexities = {
@@ -128,15 +128,8 @@ def _measure_splits(
         }
         x = split_run(experiment, name, 0)
         x_flops = complexity(build(x.model, device="meta", num_classes=num_classes, **x.args), (3, side, side)).flops
-        speed = throughput(
-            {str(k): build(run.model, num_classes=num_classes, **run.args) for k, run in runs.items()},
-            image_size=(3, side, side),
-            batch_size=settings.batch_size,
-            warmup=settings.warmup,
-            runs=settings.runs,
-            dtype=getattr(torch, settings.dtype),
-            compile=experiment.sweeps.hybrid.compile,
-            device="cuda" if on_gpu else "cpu",
+        speed = cluster.call_on_gpu(
+            _measure_speed, experiment, runs, num_classes=num_classes, settings=experiment.train
         )
         family_rows = []
         for k in family_splits:
@@ -152,7 +145,7 @@ def _measure_splits(
                     "params": complexities[k].params,
                     "flops": complexities[k].flops,
                     "flop_fraction": complexities[k].flops / x_flops,
-                    "img_per_s": speed[str(k)].img_per_s,
+                    "img_per_s": speed[k],
                     **{state: states[state] for state in TRIAL_STATES},
                 }
             )
@@ -161,6 +154,25 @@ def _measure_splits(
         on_front = {reached[number]["k"] for number in front}
         rows += [{**row, "on_front": row["k"] in on_front} for row in family_rows]
     return rows
+
+
+def _measure_speed(experiment: Experiment, runs: Mapping[Split, Run], *, num_classes: int) -> dict[Split, float | None]:
+    """Returns the images per second of each split; None for one that does not fit the device's memory."""
+    settings, side = experiment.throughput, experiment.data.image_size
+    on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
+    measured, _ = measure_throughput_if_fits(
+        {str(k): partial(build, run.model, num_classes=num_classes, **run.args) for k, run in runs.items()},
+        image_size=(3, side, side),
+        protocol=Protocol(
+            settings.batch_size,
+            settings.warmup,
+            settings.runs,
+            getattr(torch, settings.dtype),
+            experiment.sweeps.hybrid.compile,
+        ),
+        device="cuda" if on_gpu else "cpu",
+    )
+    return {k: (result := measured[str(k)]) and result.img_per_s for k in runs}
 
 
 def _write_results(

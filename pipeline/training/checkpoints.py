@@ -73,11 +73,14 @@ class CheckpointManager:
         entries = self._files.get_file_info(FileSelector(self._root, allow_not_found=True))
         return sorted(entry.base_name for entry in entries if _NAME_PATTERN.fullmatch(entry.base_name))
 
-    def load(self, name: str, device: torch.device | str = "cpu") -> tuple[Any, dict[str, dict[str, Tensor]]]:
-        """Returns the state, on the device, and the best weights of a checkpoint."""
+    def load(self, name: str) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+        """Returns the state and the best weights of a checkpoint, on the CPU.
+
+        On a GPU, AdamW would read each parameter's step from there at every step, and wait for it.
+        """
         folder = f"{self._root}/{name}"
         with self._files.open_input_file(f"{folder}/{_STATE_FILE}") as file:
-            state = torch.load(file, map_location=device, weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         best = {}
         for file_name in self._read_complete_file(name):
             if file_name.endswith(".safetensors"):

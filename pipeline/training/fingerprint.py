@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_FINGERPRINTED = (
     "pipeline/shards", "pipeline/cluster.py", "flopeq/backends/malloc.py",
     *(f"pipeline/training/{name}.py" for name in
-      ("adoption", "checkpoints", "device_settings", "failures", "fingerprint", "outputs", "pruning",
-       "report_log", "run_directory", "trainer")),
+      ("adoption", "batch_size", "checkpoints", "device_settings", "epoch_tracker", "failures", "fingerprint",
+       "outputs", "pruning", "report_log", "run_directory", "step_log", "trainer")),
 )  # fmt: skip
 """Code that starts, stores or reports a training and does not affect its weights."""
 

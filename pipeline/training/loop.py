@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
 from pipeline.base.schema import Recipe
 from pipeline.loading import augment
 from pipeline.loading.batching import Batch
 from pipeline.training import recipe as recipes
+from pipeline.training.device_time import DataWait, HostCopy
+
+if TYPE_CHECKING:
+    from pipeline.training.step_log import StepLog
 
 WEIGHTS, EMA_WEIGHTS = "plain", "ema"
 """Names of the weights and of their moving average."""
@@ -116,13 +119,13 @@ class TrainState:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
-            "losses": [loss.item() for loss in self.losses],
+            "losses": torch.stack(self.losses).tolist() if self.losses else [],
             "history": self.history,
             "best": {name: {"epoch": best.epoch, "top1_pct": best.top1_pct} for name, best in self.best.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], best_weights: dict[str, dict[str, Tensor]]) -> None:
-        """Restores a `state_dict`. The best weights are stored separately, because they rarely change."""
+        """Restores a `state_dict` on the CPU. The best weights are stored separately, because they rarely change."""
         self.epoch = state["epoch"]
         self.losses = list(torch.tensor(state["losses"], device=next(self.model.parameters()).device))
         self.model.load_state_dict(state["model"])
@@ -150,6 +153,7 @@ def fit(
     amp: str | None = None,
     forward: Callable[[Tensor], Tensor] | None = None,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    step_log: StepLog | None = None,
     rank: int = 0,
     world_size: int = 1,
     all_reduce: AllReduce = lambda sums: sums,
@@ -166,6 +170,7 @@ def fit(
         amp: a key of AMP_DTYPES.
         forward: the model as training calls it (compiled, wrapped in DDP); None: the model itself.
         no_sync: a context without gradient synchronization, for all parts of a step but the last.
+        step_log: gets numbers of single steps of this worker.
     Raises, on every worker at the same step, at most one step late:
         NonFiniteLossError: the run has diverged.
         TrainingStopped: `should_stop` returned True.
@@ -178,8 +183,8 @@ def fit(
         training.model.train()
         training.scheduler.step(epoch)
         started, images, previous_step = time.perf_counter(), 0, None
-        losses, rows = [], []
-        for batch in train_batches(epoch, len(training.losses)):
+        losses, rows, wait = [], [], DataWait(device)
+        for batch in wait.measure(train_batches(epoch, len(training.losses))):
             step = training.step
             if not losses:
                 _seed_device(device, augment.derive_seed(seed, step, rank))
@@ -195,30 +200,35 @@ def fit(
             rows.append(batch.rows)
             if not batch.ends_step:
                 continue
-            _optimizer_step(training, recipe, step)
+            grad_norm = _optimizer_step(training, recipe, step, with_norm=step_log is not None and step_log.is_due())
             mean = torch.stack(losses).sum()
-            reduced = all_reduce(torch.stack([mean, mean.new_tensor(float(should_stop()))])) / world_size
+            # `new_full` fills on the device, where `new_tensor` would copy and wait.
+            reduced = all_reduce(torch.stack([mean, mean.new_full((), float(should_stop()))])) / world_size
             # The previous step's: reading this one's loss would wait for the device.
-            stop_requested = _check_previous_step(previous_step, image_names)
-            previous_step = (reduced, epoch, step, training.optimizer.param_groups[0]["lr"], torch.cat(rows))
+            stop_requested = _check_previous_step(previous_step, image_names, step_log)
+            values = reduced if grad_norm is None else torch.cat([reduced, grad_norm.to(reduced).view(1)])
+            lr = training.optimizer.param_groups[0]["lr"]
+            previous_step = _QueuedStep(HostCopy(values), epoch, step, lr, torch.cat(rows), wait, training.scaler)
             training.losses.append(reduced[0])
             images += recipe.global_batch_size
             losses, rows = [], []
             on_step(training)
             if stop_requested:
                 raise TrainingStopped
-        if _check_previous_step(previous_step, image_names):
+        if _check_previous_step(previous_step, image_names, step_log):
             raise TrainingStopped
         train_loss = torch.stack(training.losses).mean().item()
         seconds = time.perf_counter() - started
         row = {"epoch": epoch, "lr": training.optimizer.param_groups[0]["lr"], "train/loss": train_loss}
-        for name, model in training.evaluated_models.items():
-            val = evaluate(model, val_batches(), amp=amp, all_reduce=all_reduce)
+        wait_s = wait.largest_s(all_reduce, rank, world_size)
+        row |= {"perf/img_per_s": images / seconds, "perf/data_wait_pct": 100 * wait_s / seconds}
+        models = training.evaluated_models
+        for name, val in evaluate_models(models, val_batches(), amp=amp, all_reduce=all_reduce).items():
             prefix = "val/" if name == WEIGHTS else f"val/{name}_"
             row |= {f"{prefix}{metric}": value for metric, value in val._asdict().items()}
             if val.top1_pct > training.best[name].top1_pct:
-                training.best[name] = BestWeights(epoch, val.top1_pct, copy_weights(model))
-        training.history.append(row | {"perf/img_per_s": images / seconds})
+                training.best[name] = BestWeights(epoch, val.top1_pct, copy_weights(models[name]))
+        training.history.append(row)
         training.epoch, training.losses = epoch + 1, []
         on_epoch(training)
 
@@ -231,20 +241,38 @@ def evaluate(
     all_reduce: AllReduce = lambda sums: sums,
 ) -> EvalMetrics:
     """Returns cross-entropy, top-1 and top-5 of a model over labelled batches, summed over all workers."""
-    device = next(model.parameters()).device
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    return evaluate_models({WEIGHTS: model}, batches, amp=amp, all_reduce=all_reduce)[WEIGHTS]
+
+
+def evaluate_models(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    amp: str | None = None,
+    all_reduce: AllReduce = lambda sums: sums,
+) -> dict[str, EvalMetrics]:
+    """Evaluates several models in one pass over labelled batches, and waits for the device only at the end."""
+    device = next(next(iter(models.values())).parameters()).device
+    num_images, sums = 0, torch.zeros(len(models), 3, dtype=torch.float64, device=device)  # loss, top-1, top-5
     with torch.inference_mode():
+        for model in models.values():
+            model.eval()
         for batch in batches:
-            with autocast(device, amp):
-                logits = model(batch.images)
-            hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-            loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(hits), device=device)])
-    loss, top1, top5, images = all_reduce(sums).tolist()
-    if images == 0:
+            num_images += len(batch.labels)
+            for model, own_sums in zip(models.values(), sums, strict=True):
+                with autocast(device, amp):
+                    logits = model(batch.images)
+                hits = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+                loss = F.cross_entropy(logits.double(), batch.labels, reduction="sum")
+                own_sums += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+        *totals, num_images = all_reduce(torch.cat([sums.flatten(), sums.new_full((1,), num_images)])).tolist()
+    if num_images == 0:
         raise ValueError("no images to evaluate on")
-    return EvalMetrics(loss / images, 100 * top1 / images, 100 * top5 / images)
+    metrics = {}
+    for number, name in enumerate(models):
+        loss, top1, top5 = totals[3 * number : 3 * number + 3]
+        metrics[name] = EvalMetrics(loss / num_images, 100 * top1 / num_images, 100 * top5 / num_images)
+    return metrics
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:
@@ -269,25 +297,50 @@ def _seed_device(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def _optimizer_step(training: TrainState, recipe: Recipe, step: int) -> None:
-    """Clips the gradient, runs an optimizer step and updates the moving average."""
-    if recipe.clip_grad_norm is not None:
+class _QueuedStep(NamedTuple):
+    """A step whose kernels are queued. Its values are read when those of the next step are queued, too."""
+
+    values: HostCopy
+    """Loss, whether a worker asks to stop, and the norm of the gradient if the step is logged."""
+    epoch: int
+    step: int
+    lr: float
+    rows: Tensor
+    wait: DataWait
+    scaler: torch.amp.GradScaler
+
+
+def _optimizer_step(training: TrainState, recipe: Recipe, step: int, *, with_norm: bool) -> Tensor | None:
+    """Clips the gradient, runs an optimizer step and updates the moving average.
+
+    Returns the norm of the gradient before it is clipped, if it is wanted.
+    """
+    grad_norm = None
+    if recipe.clip_grad_norm is not None or with_norm:
         training.scaler.unscale_(training.optimizer)
-        dispatch_clip_grad(training.model.parameters(), recipe.clip_grad_norm)
+    if recipe.clip_grad_norm is not None:
+        grad_norm = nn.utils.clip_grad_norm_(training.model.parameters(), recipe.clip_grad_norm)
+    elif with_norm:
+        gradients = [weight.grad for weight in training.model.parameters() if weight.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
     training.scaler.step(training.optimizer)
     training.scaler.update()
     if training.ema is not None:
         training.ema.update(training.model, step + 1)
+    return grad_norm if with_norm else None
 
 
 def _check_previous_step(
-    previous_step: tuple[Tensor, int, int, float, Tensor] | None, image_names: Callable[[Tensor], list[Any]]
+    previous: _QueuedStep | None, image_names: Callable[[Tensor], list[Any]], step_log: StepLog | None
 ) -> bool:
     """Whether a worker asked to stop at that step. Raises: NonFiniteLossError if its loss was not finite."""
-    if previous_step is None:
+    if previous is None:
         return False
-    reduced, epoch, step, lr, rows = previous_step
-    loss, stop = reduced.tolist()
+    loss, stop, *norm = previous.values.read()
     if not math.isfinite(loss):
-        raise NonFiniteLossError(loss, epoch=epoch, step=step, lr=lr, ids=image_names(rows))
+        names = image_names(previous.rows)
+        raise NonFiniteLossError(loss, epoch=previous.epoch, step=previous.step, lr=previous.lr, ids=names)
+    if step_log is not None and norm:
+        scale = previous.scaler.get_scale() if previous.scaler.is_enabled() else None
+        step_log.add(previous.step, loss=loss, grad_norm=norm[0], wait_s=previous.wait.seconds, loss_scale=scale)
     return stop > 0

@@ -23,7 +23,16 @@ from pipeline.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-HISTORY_COLUMNS = ("epoch", "lr", "train/loss", "val/loss", "val/top1_pct", "val/top5_pct", "perf/img_per_s")
+HISTORY_COLUMNS = (
+    "epoch",
+    "lr",
+    "train/loss",
+    "val/loss",
+    "val/top1_pct",
+    "val/top5_pct",
+    "perf/img_per_s",
+    "perf/data_wait_pct",
+)
 
 EMA_HISTORY_COLUMNS = ("val/ema_loss", "val/ema_top1_pct", "val/ema_top5_pct")
 

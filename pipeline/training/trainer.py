@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.shards import manifests
 from pipeline.training import adoption, loop, outputs, recipe, report_log
 from pipeline.training.checkpoints import CheckpointManager
+from pipeline.training.epoch_tracker import EpochTracker
 from pipeline.training.fingerprint import hash_inputs, training_inputs
 from pipeline.training.run_directory import RAY_RUN_PREFIX, RunDirectory
 from pipeline.training.worker import WorkerTask, train_loop_per_worker
@@ -80,7 +82,9 @@ def _train(
     """Trains to the end, saves the outcome and writes the outputs. Exits with 143 if it was asked to stop."""
     settings = experiment.train
     checkpoints = CheckpointManager(run_dir.checkpoints_location, keep=settings.keep_checkpoints)
-    task = WorkerTask(experiment, run_name, str(Path.cwd()), run_dir.checkpoints_location, run_dir.stop_file)
+    task = WorkerTask(
+        experiment, run_name, str(Path.cwd()), run_dir.checkpoints_location, run_dir.stop_file, log_steps=True
+    )
     scaling = ray.train.ScalingConfig(
         num_workers=settings.workers,
         use_gpu=gpu,
@@ -99,9 +103,12 @@ def _train(
         run_dir.save_status(mlflow_run_id, "running")
         status = "interrupted"
         try:
-            with report_log.follow_reports(
-                run_dir.report_log, _make_report_handler(experiment, run_name, mlflow_run_id)
-            ) as callback:
+            with (
+                EpochTracker(run_name, partial(_log_metrics, mlflow_run_id)) as tracker,
+                report_log.follow_reports(
+                    run_dir.report_log, _make_report_handler(experiment, run_name, tracker)
+                ) as callback,
+            ):
                 outcome = _fit_with_restarts(task, scaling, run_dir.storage, callback, checkpoints)
             if outcome["status"] == "stopped":
                 logger.warning("%s was stopped and saved a checkpoint: the same command resumes from it", run_name)
@@ -214,10 +221,10 @@ def _build_model(experiment: Experiment, run_name: str, num_classes: int, device
     )
 
 
-def _make_report_handler(experiment: Experiment, run_name: str, mlflow_run_id: str) -> Callable[[dict[str, Any]], None]:
-    """Returns a function that logs each report and sends the metrics of an epoch to MLflow."""
-    from pipeline import track
-
+def _make_report_handler(
+    experiment: Experiment, run_name: str, tracker: EpochTracker
+) -> Callable[[dict[str, Any]], None]:
+    """Returns a function that logs each report and passes metrics of epochs and steps on to the tracker."""
     recipe_, eta_start = experiment.recipe(run_name), []
 
     def handle_report(entry: dict[str, Any]) -> None:
@@ -229,7 +236,7 @@ def _make_report_handler(experiment: Experiment, run_name: str, mlflow_run_id: s
             _log_start(run_name, entry, recipe_.global_batch_size)
             if experiment.train.compile and not entry["compiled"]:
                 logger.warning("%s: %s", run_name, report_log.EAGER_WARNING)
-        else:
+        elif "epoch" in entry:
             now, epoch, left = time.monotonic(), entry["epoch"], recipe_.epochs - entry["epoch"] - 1
             eta_start[:] = eta_start or [epoch, now]
             eta = "" if epoch <= eta_start[0] else f"  ETA {(now - eta_start[1]) / (epoch - eta_start[0]) * left:.0f} s"
@@ -244,12 +251,17 @@ def _make_report_handler(experiment: Experiment, run_name: str, mlflow_run_id: s
                 entry["perf/img_per_s"],
                 eta,
             )
-            try:
-                track.log_epoch(mlflow_run_id, entry)
-            except Exception as error:  # of the tracking server, which must not end the training
-                logger.warning("MLflow misses epoch %d of %s until its end: %s", epoch + 1, run_name, error)
+        if "steps" in entry or "epoch" in entry:
+            tracker.add(entry)
 
     return handle_report
+
+
+def _log_metrics(mlflow_run_id: str, epochs: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+    from pipeline import track
+
+    track.log_steps(mlflow_run_id, steps)
+    track.log_epochs(mlflow_run_id, epochs)
 
 
 def _log_start(run_name: str, entry: dict[str, Any], global_batch_size: int) -> None:
@@ -260,7 +272,7 @@ def _log_start(run_name: str, entry: dict[str, Any], global_batch_size: int) -> 
         run_name,
         "resumes from" if entry["start_step"] else "starts at",
         entry["start_step"],
-        entry["steps"],
+        entry["num_steps"],
         entry["workers"],
         global_batch_size,
         entry["batch_size"],

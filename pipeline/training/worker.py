@@ -19,11 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from flopeq.hardware import can_compile
 from pipeline.base.config import Experiment
 from pipeline.base.files import open_filesystem
-from pipeline.base.schema import Recipe
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
-from pipeline.training import device_settings, loop, recipe
+from pipeline.training import batch_size, device_settings, loop, recipe
 from pipeline.training.checkpoints import CheckpointManager
+from pipeline.training.step_log import StepLog
 
 _POLL_S = 1.0
 
@@ -42,6 +42,8 @@ class WorkerTask:
     """Path or URL of the stop file: when it appears, the training saves a checkpoint and ends."""
     classes: int | None = None
     """Number of classes of the data, which pipeline/loading/datasets.py chooses; None: all."""
+    log_steps: bool = False
+    """Whether rank 0 reports numbers of single steps, as `steps`, with each epoch and each checkpoint within one."""
 
 
 class RayTrainContext:
@@ -70,24 +72,26 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
     device_settings.apply_backend_settings(settings)
     shards = manifests.Shards(Path(task.root) / experiment.data.shards, cache_gib=experiment.data.cache_gib)
     images, num_classes = datasets.load_splits(shards, task.classes)
-    model = recipe.build_model(experiment.run(task.run), recipe_, num_classes=num_classes, seed=seed).to(device)
+    model = recipe.build_model(experiment.run(task.run), recipe_, num_classes=num_classes, seed=seed)
     model = device_settings.apply_model_settings(model, settings)
     steps_per_epoch = batching.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
     amp = settings.amp if recipe_.mixed_precision else None
+    compiled = settings.compile and can_compile(device)
+    step = batch_size.TrialStep(recipe_, experiment.data.image_size, num_classes, device, amp, compiled, world_size)
+    images_per_pass = _microbatch_size(task, model, step, rank)  # before the GPU has anything else
+    model = model.to(device)
     training = loop.TrainState.create(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)
     checkpoints = CheckpointManager(task.checkpoints, keep=settings.keep_checkpoints)
     latest = _broadcast_from_rank_0(checkpoints.latest() if rank == 0 else None, world_size)
     if latest is not None:
-        training.load_state_dict(*checkpoints.load(latest, device))
-    batch_size = _microbatch_size(task.experiment, recipe_, model, amp, num_classes, world_size, device)
-    compiled = settings.compile and can_compile(device)
+        training.load_state_dict(*checkpoints.load(latest))
     forward, no_sync = _wrap_model(model, compile=compiled, world_size=world_size)
     context.report(
         {
             "start_step": training.step,
-            "steps": steps_per_epoch * recipe_.epochs,
+            "num_steps": steps_per_epoch * recipe_.epochs,
             "workers": world_size,
-            "batch_size": batch_size,
+            "batch_size": images_per_pass,
             "compiled": compiled,
             "passed_over": checkpoints.skipped,
         }
@@ -98,39 +102,33 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
             best = {name: best.weights for name, best in training.best.items()}
             checkpoints.save(training.step, training.state_dict(), best)
 
+    steps = StepLog(device) if task.log_steps else None
+
     def on_step_end(training: loop.TrainState) -> None:
         if settings.checkpoint_steps and training.step % settings.checkpoint_steps == 0:
             save(training)
+            if steps is not None:
+                context.report({"steps": steps.take()})  # every rank reports
 
     def on_epoch_end(training: loop.TrainState) -> None:
         save(training)
-        context.report(training.history[-1])
+        context.report(training.history[-1] | ({} if steps is None else {"steps": steps.take()}))
 
     rank_args = {"rank": rank, "world_size": world_size}
-    loader_args = {**rank_args, "loader_workers": settings.loader_workers, "device": device}
+    loader_args = {"batch_size": images_per_pass, "loader_workers": settings.loader_workers, "device": device}
     status, message = "finished", None
-    with _watch_stop_file(task.stop_file) if rank == 0 else nullcontext(lambda: False) as should_stop:
+    with (
+        batching.BatchLoader(images, recipe_, experiment.data, **loader_args, **rank_args) as loader,
+        _watch_stop_file(task.stop_file) if rank == 0 else nullcontext(lambda: False) as should_stop,
+    ):
         try:
             loop.fit(
                 training,
                 recipe_,
-                train_batches=lambda epoch, start_step: batching.train_batches(
-                    images["train"],
-                    recipe_,
-                    experiment.data,
-                    seed=seed,
-                    epoch=epoch,
-                    start_step=start_step,
-                    batch_size=batch_size,
-                    **loader_args,
+                train_batches=lambda epoch, start_step: loader.train_batches(
+                    seed=seed, epoch=epoch, start_step=start_step
                 ),
-                val_batches=lambda: batching.val_batches(
-                    images["val"],
-                    recipe_,
-                    experiment.data,
-                    batch_size=batch_size,
-                    **loader_args,
-                ),
+                val_batches=loader.val_batches,
                 on_step=on_step_end,
                 on_epoch=on_epoch_end,
                 should_stop=should_stop,
@@ -140,6 +138,7 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
                 amp=amp,
                 forward=forward,
                 no_sync=no_sync,
+                step_log=steps if rank == 0 else None,
                 all_reduce=_all_reduce if world_size > 1 else lambda sums: sums,
                 **rank_args,
             )
@@ -158,31 +157,30 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
     }
 
 
-def _microbatch_size(
-    experiment: Experiment,
-    recipe_: Recipe,
-    model: torch.nn.Module,
-    amp: str | None,
-    num_classes: int,
-    world_size: int,
-    device: torch.device,
-) -> int:
-    """Returns the number of images per forward pass. A rank's larger part of the global batch takes several passes."""
-    requested = experiment.train.batch_per_worker
-    share = -(-recipe_.global_batch_size // recipe_.mixup_group // world_size) * recipe_.mixup_group
+def _microbatch_size(task: WorkerTask, model: torch.nn.Module, step: batch_size.TrialStep, rank: int) -> int:
+    """Returns the number of images per forward pass. A rank's larger part of the global batch takes several passes.
+
+    Args:
+        model: the network, not on the GPU yet.
+    """
+    requested, share = task.experiment.train.batch_per_worker, batch_size.share_of_rank(step.recipe, step.world_size)
     if requested != "auto":
         return min(requested, share)
-    if device.type != "cuda":
+    if step.device.type != "cuda":
         return share
-    sizes = device_settings.candidate_batch_sizes(share, recipe_.mixup_group)
-    max_size = device_settings.find_max_batch_size(
-        model, recipe_, sizes, image_size=experiment.data.image_size, num_classes=num_classes, amp=amp
-    )
-    if world_size == 1:
-        return max_size
-    min_size = torch.tensor(max_size, device=device)
-    torch.distributed.all_reduce(min_size, op=torch.distributed.ReduceOp.MIN)
-    return int(min_size)
+    saved = batch_size.SavedBatchSize(task.checkpoints, step)
+    found = _broadcast_from_rank_0(saved.load() if rank == 0 else None, step.world_size)
+    if found is not None:
+        return found
+    sizes = batch_size.candidate_batch_sizes(share, step.recipe.mixup_group)
+    found = batch_size.find_max_batch_size(model, step, sizes)
+    if step.world_size > 1:
+        smallest = torch.tensor(found, device=step.device)
+        torch.distributed.all_reduce(smallest, op=torch.distributed.ReduceOp.MIN)
+        found = int(smallest)
+    if rank == 0:
+        saved.save(found)
+    return found
 
 
 def _wrap_model(

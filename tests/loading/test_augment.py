@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from pipeline.base import config, schema
@@ -143,13 +144,28 @@ def test_normalize_uses_mean_and_std_of_the_data(experiment):
 
 
 def test_erasing_depends_on_the_seed_of_each_image_only(experiment):
-    erase = augment.RandomErasingBatch(recipe_with(experiment, random_erasing=0.5))
+    sample = augment.RandomErasingSampler(recipe_with(experiment, random_erasing=0.5), image_size=32)
+
+    def erase(seeds: list[int]) -> torch.Tensor:
+        return augment.erase_patches(torch.zeros(len(seeds), 3, 32, 32), sample(seeds))
+
     seeds = [augment.derive_seed(position) for position in range(40)]
-    whole = erase(torch.zeros(40, 3, 32, 32), seeds)
-    halves = torch.cat([erase(torch.zeros(20, 3, 32, 32), part) for part in (seeds[:20], seeds[20:])])
-    assert torch.equal(whole, halves)
+    whole = erase(seeds)
+    assert torch.equal(whole, torch.cat([erase(seeds[:20]), erase(seeds[20:])]))
     erased = whole.flatten(1).ne(0).any(1).sum()
     assert 8 < erased < 32
+
+
+def test_erased_pixels_are_those_of_timm(experiment):
+    seeds = [augment.derive_seed(position) for position in range(20)]
+    patches = augment.RandomErasingSampler(recipe_with(experiment, random_erasing=0.5), image_size=32)(seeds)
+    found = augment.erase_patches(torch.zeros(20, 3, 32, 32), pickle.loads(pickle.dumps(patches)))
+    timms, expected = RandomErasing(0.5, mode="pixel", device="cpu"), torch.zeros(20, 3, 32, 32)
+    with augment.preserve_rng_state():
+        for image, seed in zip(expected, seeds, strict=True):
+            augment.seed_generators(seed)
+            timms(image)
+    assert torch.equal(found, expected) and expected.any()
 
 
 def test_targets_are_smoothed(experiment):

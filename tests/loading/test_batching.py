@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 from pipeline.loading import batching
 from pipeline.loading.batching import Batch
 from pipeline.loading.datasets import IndexedImages
+from pipeline.loading.loader import BatchDecoder, BatchRequest, Loader
+from pipeline.shards.manifests import Shards
 from tests.loading.conftest import BATCH, FIELDS, GROUP, NUM_TRAIN, NUM_VAL, assert_same
 
 
@@ -132,9 +136,46 @@ def test_reading_leaves_the_global_generators_alone(train, loader_workers):
 def test_loader_processes_have_one_thread(folder):
     images = IndexedImages(folder, "train")
     count_threads = lambda image: torch.full((3, 1, 1), torch.get_num_threads())  # noqa: E731
-    fetch = batching.BatchDataset(images, count_threads, torch.arange(4), seed=0)
-    ((pixels, _),) = batching._iterate_loader(fetch, [range(4)], 1, "cpu")
-    assert pixels.unique().tolist() == [1]
+    decoding = Loader({"train": BatchDecoder(images, count_threads)}, workers=1)
+    [decoded] = decoding.load([BatchRequest("train", range(4), list(range(4)), seed=0)])
+    decoding.close()
+    assert decoded.pixels.unique().tolist() == [1]
+
+
+def test_loader_processes_live_over_epochs_and_splits_and_open_each_shard_once(folder, experiment, recipe, tmp_path):
+    """Batches of all epochs, and of validation in between, come from the same processes, as they are without any."""
+    log = tmp_path / "log"
+
+    class LoggedImages(IndexedImages):
+        def read_jpegs(self, rows):
+            contents = super().read_jpegs(rows)
+            with log.open("a") as file:
+                file.write(f"{os.getpid()} {len(self.shards.store._files)}\n")
+            return contents
+
+    shards = Shards(folder)
+    images = {split: LoggedImages(shards, split) for split in ("train", "val")}
+
+    def take(loader: batching.BatchLoader) -> list[list[Batch]]:
+        epochs = [list(loader.train_batches(seed=0, epoch=0)), list(loader.val_batches())]
+        abandoned = loader.train_batches(seed=0, epoch=1)
+        next(abandoned)  # a training may stop within an epoch
+        return [*epochs, list(loader.val_batches()), list(loader.train_batches(seed=0, epoch=1, start_step=1))]
+
+    found = {}
+    for loader_workers in (0, 2):
+        settings = {"batch_size": BATCH, "loader_workers": loader_workers}
+        with batching.BatchLoader(images, recipe, experiment.data, **settings) as loader:
+            log.write_text("")
+            found[loader_workers] = take(loader)
+        lines = [line.split() for line in log.read_text().splitlines()]
+        processes = {process for process, _ in lines}
+        assert len(processes) == max(1, loader_workers)
+        assert max(int(num_open) for _, num_open in lines) == len(list(folder.glob("*.tar")))
+    assert str(os.getpid()) not in processes
+    assert not multiprocessing.active_children()
+    for expected, batches in zip(*found.values(), strict=True):
+        assert_same(expected, batches)
 
 
 @settings(max_examples=20, deadline=None)

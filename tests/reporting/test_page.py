@@ -134,3 +134,20 @@ def test_a_training_that_could_not_compile_is_not_called_compiled(asked, compile
         path.write_text(json.dumps({**json.loads(path.read_text()), "compiled": is_compiled}))
     notes = page.measurement_notes(experiment, list(load_results(tmp_path, experiment).values()))
     assert f"mixed precision off, {said}; the weights" in notes[0]
+
+
+def test_the_report_says_which_trainings_were_bound_by_their_input(tmp_path: Path) -> None:
+    experiment = write_fake_study(tmp_path)
+    for name, waits in (("vit", (8.0, 9.0)), ("e-vit", (10.0, 50.0))):
+        path = tmp_path / "outputs" / name / "history.csv"
+        rows = list(csv.DictReader(path.read_text().splitlines()))[:2]
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, [*rows[0], "perf/data_wait_pct"])
+            table.writeheader()
+            table.writerows(row | {"perf/data_wait_pct": wait} for row, wait in zip(rows, waits, strict=True))
+    results = load_results(tmp_path, experiment)
+    assert results["vit"].data_wait_pct == 8.5 and results["h-vit"].data_wait_pct is None
+    assert results["e-vit"].all_metrics()["perf/data_wait_pct"] == 30
+    [note] = [note for note in page.measurement_notes(experiment, list(results.values())) if "Bound by" in note]
+    assert "(e-vit 30%)" in note and "not" not in note.partition("(")[0]
+    assert not [note for note in page.measurement_notes(experiment, [results["vit"]]) if "Bound by" in note]

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipeline.reporting import table
+from pipeline.reporting import page, table
 from pipeline.reporting.speed import Quartiles, quartiles_of, ratios_of_passes
 from tests.reporting.conftest import cells, load_results, write_fake_study
 
@@ -58,3 +58,18 @@ def test_times_are_of_one_image(tmp_path):
     entries[0]["pass_s"] = [0.064, 0.128, 0.064]
     path.write_text(json.dumps(entries))
     assert load_results(tmp_path, experiment)["vit"].ms_per_img == [1.0, 2.0, 1.0]
+
+
+def test_a_network_that_does_not_fit_the_gpu_is_in_the_report_without_a_speed(tmp_path):
+    experiment = write_fake_study(tmp_path)
+    path = tmp_path / "reports/throughput.json"
+    entries = json.loads(path.read_text())
+    unknown = {"img_per_s": None, "img_per_s_quartiles": None, "pass_s": [], "peak_mem_mb": None, "alternated": False}
+    entries[0] |= unknown
+    path.write_text(json.dumps(entries))
+    results = load_results(tmp_path, experiment)
+    assert results["vit"].img_per_s is None and results["e-vit"].img_per_s is not None
+    assert results["e-vit"].throughput_ratios == () == results["vit"].throughput_ratios
+    assert "perf/throughput_ratio" not in results["e-vit"].all_metrics()
+    _, written = page.write_report(experiment, list(results.values()), tmp_path / "reports")
+    assert "vit" in written.read_text()

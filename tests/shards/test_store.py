@@ -37,6 +37,6 @@ def test_a_truncated_or_missing_shard_is_named_with_its_expected_size(location):
     shards = open_store(location, SHARDS)
     with pytest.raises(ShardError, match=f"{NAMES[2]} is in the manifest but missing"):
         shards.check()
-    with pytest.raises(ShardError, match=f"{NAMES[2]} (is in the manifest but missing|cannot be opened)"):
+    with pytest.raises(ShardError, match=f"{NAMES[2]} (is in the manifest but missing|cannot be read)"):
         shards.read(NAMES[2], 0, 100)
     assert shards.read(NAMES[1], 60_000, 100) == content(NAMES[1])[60_000:60_100]

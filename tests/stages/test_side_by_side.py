@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import cluster
 from pipeline.base import config
-from pipeline.base.yaml_files import dump_yaml, read_yaml
+from pipeline.base.yaml_files import dump_yaml, parse_yaml, read_yaml
 from stages import repro, train_all
 from tests.conftest import params_with_runs
 
@@ -112,3 +112,17 @@ def test_a_failed_run_does_not_keep_the_others_from_the_report(train, caplog):
     assert ran[-3:] == ["complexity", "throughput", "report"] and "sweep_hybrid" in ran
     assert "e-vit failed to train; the other runs are evaluated" in caplog.text
     assert list(recorded_amp()) == ["train@vit"]
+
+
+@pytest.mark.slow
+def test_runs_are_evaluated_side_by_side_where_the_cluster_has_gpus(train, monkeypatch):
+    """An evaluation waits for the other one, so that neither ends alone. DVC records both, once."""
+    wait = "for i in $(seq 300); do [ $(grep -c start log) = 2 ] && break; sleep 0.1; done"
+    evaluate = f"echo start ${{key}} >> log && {wait} && [ $(grep -c start log) = 2 ] && echo evaluate ${{key}} >> log"
+    stages = parse_yaml(DVC, "dvc.yaml")
+    stages["stages"]["evaluate"]["do"]["cmd"] = evaluate
+    Path("dvc.yaml").write_text(dump_yaml(stages))
+    monkeypatch.setattr(cluster, "num_gpus", lambda: 2)
+    assert train() == 0
+    assert sorted(line for line in log() if "evaluate" in line) == ["evaluate e-vit", "evaluate vit"]
+    assert {"evaluate@vit", "evaluate@e-vit"} <= read_yaml(Path("dvc.lock"))["stages"].keys()

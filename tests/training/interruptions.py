@@ -133,7 +133,7 @@ def outputs() -> Outputs:
     weights |= {f"{part}.{name}": weight for part in ("model", "ema") for name, weight in state[part].items()}
     with (folder / "history.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return Outputs(weights, [{key: value for key, value in row.items() if key != "perf/img_per_s"} for row in rows])
+    return Outputs(weights, [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows])
 
 
 def assert_identical(found: Outputs, expected: Outputs) -> None:

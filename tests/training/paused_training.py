@@ -45,16 +45,17 @@ def train_loop_per_worker(task: Any) -> dict[str, Any]:
     if trial.get("float64"):
         recipe.build_model = in_float64(recipe.build_model)
     if "step" in trial:
-        batching.train_batches = pause_at_step(batching.train_batches, place, **trial)
+        loader = batching.BatchLoader
+        loader.train_batches = pause_at_step(loader.train_batches, place, **trial)
     return worker.train_loop_per_worker(task)
 
 
 def pause_at_step(train_batches: Callable[..., Iterator], place: Path, *, step: int, rank: int, **_: Any) -> Callable:
-    def batches(images, recipe, *args: Any, **settings: Any) -> Iterator:
-        per_epoch = len(images) // recipe.global_batch_size
+    def batches(self: Any, **settings: Any) -> Iterator:
+        per_epoch = len(self.images["train"]) // self.recipe.global_batch_size
         at = settings["epoch"] * per_epoch + settings["start_step"]
-        for batch in train_batches(images, recipe, *args, **settings):
-            if at == step and settings["rank"] == rank and not (place / "reached").exists():
+        for batch in train_batches(self, **settings):
+            if at == step and self.rank == rank and not (place / "reached").exists():
                 _until(lambda: any(place.glob("**/steps/*/complete.json")) or (place / "anywhere").exists())
                 (place / "reached.partial").write_text(str(os.getpid()))
                 (place / "reached.partial").rename(place / "reached")

@@ -32,7 +32,7 @@ NO_DEPENDENCIES_OF = {
     "train": ("flopeq/hardware.py", "stages/train.py"),  # what was compiled is recorded; it starts the training
     # of stages.evaluate_weights
     **dict.fromkeys(("evaluate", "symmetrize"), ("flopeq/hub", "pipeline/training/fingerprint.py")),
-    "paper_sizes": ("pipeline/evaluation/networks.py", "flopeq/symmetrization"),  # of stages.throughput
+    "paper_sizes": ("pipeline/evaluation/networks.py", "flopeq/symmetrization"),  # of the runs' throughput
     "report": ("flopeq/backends", "flopeq/hardware.py", "flopeq/irreps.py"),  # of networks, which it does not build
 }
 

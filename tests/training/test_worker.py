@@ -9,32 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from pipeline.base import config
 from pipeline.base.yaml_files import dump_yaml
 from pipeline.packing import pack
 from pipeline.packing.sources import digits
 from pipeline.sweeps.trial import LocalContext, TrialDirectory
-from pipeline.training import device_settings, loop, report_log, trainer, worker
+from pipeline.training import loop, report_log, trainer, worker
+from pipeline.training.epoch_tracker import EpochTracker
 from tests.conftest import params_with_runs
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_a_batch_size_is_found_on_a_gpu_outside_ray_train(monkeypatch):
-    tried = []
-
-    def find(model: nn.Module, recipe: Any, sizes: list[int], **_: Any) -> int:
-        tried.extend(sizes)
-        return sizes[1]
-
-    monkeypatch.setattr(device_settings, "find_max_batch_size", find)
-    experiment = config.load_experiment(ROOT / "params.yaml")
-    arguments = (experiment, experiment.recipe("vit"), nn.Linear(1, 1), None, 10, 1)
-    assert worker._microbatch_size(*arguments, torch.device("cuda")) == 32
-    assert tried == [64, 32, 16]
-    assert worker._microbatch_size(*arguments, torch.device("cpu")) == 64
 
 
 def test_only_the_context_asks_ray_train():
@@ -78,5 +63,5 @@ def test_a_training_that_cannot_compile_says_so(has_compiler, compiled, tmp_path
     [start] = context.reports
     assert start["compiled"] is outcome["compiled"] is compiled
     with caplog.at_level(logging.WARNING):
-        trainer._make_report_handler(experiment, "vit", "")(start)
+        trainer._make_report_handler(experiment, "vit", EpochTracker("vit", lambda epochs, steps: None))(start)
     assert caplog.messages == ([] if compiled else [f"vit: {report_log.EAGER_WARNING}"])
