@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.scaling.resampling import Cell
+from pipeline.scaling.resampling import Cell, common_images, seeds_and_images
 
 Array = NDArray[np.float64]
 
@@ -37,6 +37,8 @@ class Profile:
     """Where it is: the vertex, or the end of the range that is nearer to it."""
     bracketed: NDArray[np.bool_]
     """Whether the vertex is a minimum between the sizes tried."""
+    fitted: NDArray[np.bool_]
+    """(sizes,), those near the lowest loss, which the parabola is fitted to"""
     coefficients: Array
     """(3,), of the point estimate: log L = c0 + c1 x + c2 x^2 with x = log F - mean(log F)"""
 
@@ -52,11 +54,14 @@ def fit_profiles(cells: Sequence[Cell], counts: Mapping[tuple[str, float], Array
         counts: how often each draw has a size and budget, shape (draws,); None: once. A draw in which a budget has no
             cell has NaN there.
     """
+    all_log_losses = seeds_and_images(cells) if counts is None else common_images(cells)
     profiles = []
     for budget in sorted({cell.budget for cell in cells}):
-        row = sorted((cell for cell in cells if cell.budget == budget), key=lambda cell: cell.flops_image)
+        order = [number for number, cell in enumerate(cells) if cell.budget == budget]
+        order.sort(key=lambda number: cells[number].flops_image)
+        row = [cells[number] for number in order]
         log_f = np.log([cell.flops_image for cell in row])
-        log_loss = np.stack([np.concatenate([[np.log(c.loss)], np.log(c.draws)]) for c in row], axis=1)
+        log_loss = all_log_losses[:, order]
         weights = np.ones_like(log_loss)
         if counts is not None:
             weights[1:] = np.stack([counts[cell.size, budget] for cell in row], axis=1)
@@ -66,7 +71,7 @@ def fit_profiles(cells: Sequence[Cell], counts: Mapping[tuple[str, float], Array
         coefficients = _fit_parabolas(log_f - center, log_loss, weights)
         x, value, bracketed = _minimum(coefficients, log_f - center, weights)
         log_c = float(np.mean(np.log([cell.compute for cell in row])))
-        profiles.append(Profile(budget, log_f, log_c, value, x + center, bracketed, coefficients[0]))
+        profiles.append(Profile(budget, log_f, log_c, value, x + center, bracketed, weights[0] > 0, coefficients[0]))
     return profiles
 
 

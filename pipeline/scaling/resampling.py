@@ -1,20 +1,18 @@
 """Cells of a study, and their losses in every draw of the bootstrap.
 
 A *cell* has the runs of one series that differ in their seed only: one size, one budget, one number of unique images.
-Three levels are resampled:
+There are two bootstraps of two levels each, because the estimators differ in what they need:
 
-- *images*: one draw of the validation images for all runs. So two networks are compared on the same images.
-- *seeds*: the runs within each cell, with replacement, independently for each arm.
-- *cells*: size and budget together, with replacement, the same for all arms. Only estimators that are defined for any
-  selection of cells take this level: the surface, and the average compute multiplier. The others need all cells.
-
-Without the level of cells, the deviation of a cell's draw from its mean is multiplied by a factor, for two reasons. n
-values drawn from n have (n - 1) / n of the variance, half of it for two seeds, which sqrt(n / (n - 1)) corrects (Rao and
-Wu 1988). And seeds differ in their mean over the validation images partly because these are few. That part is in the
-level of images already, so it is taken out of the seeds' variance, as in an analysis of variance of seeds x images.
-
-With the level of cells the plain draw is used, as that level has the noise of the seeds too (Davison and Hinkley 1997,
-section 3.8).
+- *Seeds and images*, for estimators that need every cell: losses, isoFLOP minima, multipliers, gaps. A draw resamples the
+  validation images, once for all runs, so that networks are compared on the same images; and the seeds within each cell,
+  independently for each arm. The deviation of a cell's draw from its mean is multiplied by a factor, for two reasons. n
+  values drawn from n have (n - 1) / n of the variance, half of it for two seeds, which sqrt(n / (n - 1)) corrects (Rao
+  and Wu 1988). And seeds differ in their mean over the validation images partly because these are few. That part is in
+  the level of images already, so it is taken out of the seeds' variance, as in an analysis of variance of seeds x images.
+- *Cells and images*, for the exponents of a surface, which are defined for any selection of cells. A draw resamples size
+  and budget together, the same for all arms. A cell comes with all of its seeds, as drawing these again would count their
+  noise twice (Davison and Hinkley 1997, section 3.8). For the same reason the images move all cells of a series
+  together, by their mean over the cells.
 """
 
 from __future__ import annotations
@@ -53,8 +51,8 @@ class Cell:
     """Validation loss of each seed."""
     draws: Array
     """(draws,), the mean over resampled seeds and images"""
-    draws_plain: Array
-    """The same without the factor for few seeds."""
+    image_shifts: Array
+    """(draws,), by how much resampling only the images changes the logarithm of the loss"""
 
     @property
     def loss(self) -> float:
@@ -102,6 +100,7 @@ def _make_cell(
     # A loss is positive, which the factor could change only where the seeds differ by more than their mean.
     scaled = np.maximum(means + factor * (resampled - means), 0.1 * resampled)
     losses = [run.loss_of(series) for run in runs]
+    by_images = np.mean([image_losses[run.trial, series.averaged].mean(dtype=float) for run in runs])
     return Cell(
         series=series,
         study=first.study,
@@ -114,7 +113,7 @@ def _make_cell(
         epochs=float(np.mean([run.epochs for run in runs])),
         losses=tuple(loss for loss in losses if loss is not None),
         draws=scaled,
-        draws_plain=resampled,
+        image_shifts=np.log(means) - np.log(by_images),
     )
 
 
@@ -131,6 +130,17 @@ def _seed_factor(image_losses: Sequence[NDArray[np.float32]]) -> float:
     if variance <= 0:
         return 1.0
     return float(np.sqrt(n / (n - 1) * max(0.0, 1 - of_few_images / variance)))
+
+
+def seeds_and_images(cells: Sequence[Cell]) -> Array:
+    """Returns log losses, shape (1 + draws, cells): the point estimates, then resampled seeds and images."""
+    return np.stack([np.concatenate([[np.log(cell.loss)], np.log(cell.draws)]) for cell in cells], axis=1)
+
+
+def common_images(cells: Sequence[Cell]) -> Array:
+    """Returns log losses, shape (1 + draws, cells): the point estimates, then all moved together by the images."""
+    shifts = np.mean([cell.image_shifts for cell in cells], axis=0)
+    return np.log([cell.loss for cell in cells]) + np.concatenate([[0.0], shifts])[:, None]
 
 
 def draw_cells(cells: Sequence[Cell], num_draws: int, seed: int) -> dict[tuple[str, float], Array]:

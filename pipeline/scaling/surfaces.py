@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.scaling import powerlaw
 from pipeline.scaling.intervals import Estimate, percentile_estimate
 from pipeline.scaling.isoflop import Profile
-from pipeline.scaling.resampling import Cell
+from pipeline.scaling.resampling import Cell, common_images
 
 Array = NDArray[np.float64]
 
@@ -195,7 +195,7 @@ class _Points:
     @classmethod
     def of(cls, cells: Sequence[Cell], arms: Sequence[str]) -> _Points:
         log_f, log_d = np.log([c.flops_image for c in cells]), np.log([c.images_seen for c in cells])
-        log_l = np.stack([np.concatenate([[np.log(c.loss)], np.log(c.draws_plain)]) for c in cells], axis=1)
+        log_l = common_images(cells)
         center_f, center_d = float(log_f.mean()), float(log_d.mean())
         numbers = np.array([arms.index(cell.series.arm) for cell in cells])
         model = powerlaw.surface_model(log_f - center_f, log_d - center_d, log_l[0], numbers)

@@ -1,0 +1,253 @@
+"""What a study found, in sentences: findings.json, which the report shows. "Better" and "worse" go by intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.scaling.findings_table import make_table
+from pipeline.scaling.fits import Analysis, Multiplier
+from pipeline.scaling.formats import format_flops, format_number, join_words, percent, signed
+from pipeline.scaling.gaps import Gap
+from pipeline.scaling.intervals import Estimate, format_estimate
+from pipeline.scaling.runs import Series
+from pipeline.scaling.unidentified import left_out, unidentified
+
+
+def make_findings(analysis: Analysis) -> dict[str, Any]:
+    """Returns the content of findings.json."""
+    study = analysis.study
+    return {
+        "title": "Scaling study" + (" (a control)" if not study.flop_invariant else ""),
+        "control": control_note(analysis),
+        "paragraph": describe(analysis),
+        "table": make_table(analysis),
+        "left_out": left_out(study),
+        "not_identified": unidentified(analysis),
+        "method": _method(analysis),
+    }
+
+
+def control_note(analysis: Analysis) -> str:
+    """Returns what is to be expected where labels change under a flop; an empty string where they do not."""
+    study = analysis.study
+    if study.flop_invariant:
+        return ""
+    return (
+        f"A control: the labels of {study.data} change under a flop, so {study.equivariant} has the wrong symmetry here "
+        "and is expected to be worse. This study shows that the method can say so, and nothing about images whose "
+        "labels do not change."
+    )
+
+
+def describe(analysis: Analysis) -> str:
+    """Returns the paragraph on what was found."""
+    if analysis.baseline not in analysis.profiles or analysis.equivariant not in analysis.profiles:
+        missing = [str(s) for s in (analysis.baseline, analysis.equivariant) if s not in analysis.profiles]
+        return f"Nothing can be said: no run of {join_words(missing)} has finished."
+    sentences = [
+        _describe_compute(analysis),
+        _describe_trend(analysis),
+        _describe_exponents(analysis),
+        _describe_split(analysis),
+        _describe_data(analysis),
+        _describe_augmentation(analysis),
+        _describe_others(analysis),
+    ]
+    return " ".join([_in_short(analysis), *(sentence for sentence in sentences if sentence)])
+
+
+def _in_short(analysis: Analysis) -> str:
+    ours, base = analysis.equivariant, analysis.baseline
+    found = []
+    multiplier = analysis.compute_multipliers[ours].average
+    if multiplier and multiplier.low > 1:
+        found.append(f"{ours} needs less compute than {base} for the same loss")
+    if multiplier and multiplier.high < 1:
+        found.append(f"{ours} needs more compute than {base} for the same loss")
+    data = analysis.data_multipliers.get(ours)
+    if data and data.average and not data.average.holds(1.0):
+        amount = "fewer" if data.average.low > 1 else "more"
+        found.append(f"{ours} needs {amount} images than {base} for the same loss")
+    if analysis.slope_difference and not analysis.slope_difference.holds(0.0):
+        steeper, other = (ours, base) if analysis.slope_difference.low > 0 else (base, ours)
+        found.append(f"the loss of {steeper} falls faster with compute than that of {other}")
+    if analysis.optimal_size_difference and not analysis.optimal_size_difference.holds(0.0):
+        found.append("the optimal split of compute into size and images differs")
+    if not found:
+        return f"In short: nothing was found that tells {ours} and {base} apart."
+    return f"In short: {join_words(found)}."
+
+
+def _describe_compute(analysis: Analysis) -> str:
+    ours, base = analysis.equivariant, analysis.baseline
+    multiplier = analysis.compute_multipliers[ours]
+    average, level = multiplier.average, percent(analysis.study.confidence)
+    if average is None:
+        why = multiplier.reason or "it is undefined in too many resamples"
+        return f"How much compute {ours} and {base} need for the same loss is not known: {why}."
+    if average.value in (float("inf"), -float("inf")):
+        behind, ahead = (base, ours) if average.value > 0 else (ours, base)
+        return f"At none of its budgets does {behind} reach a loss that {ahead} has at any: no multiplier is defined."
+    if average.low > 1:
+        text = f"For the same loss, {base} needs {_times(average)} the compute of {ours}"
+    elif average.high < 1:
+        text = f"For the same loss, {ours} needs {_times(_inverse(average))} the compute of {base}"
+    else:
+        text = (
+            f"The compute that {ours} and {base} need for the same loss cannot be told apart: {base} needs "
+            f"{_times(average)} that of {ours}"
+        )
+    text += f" ({level} interval, average over all losses that both reach)."
+    wider = multiplier.average_resampled
+    if wider and not average.holds(1.0) and wider.holds(1.0):
+        text += (
+            f" If sizes and budgets are resampled too, the interval is {_range(wider)} and holds 1: this rests on the "
+            "sizes and budgets that were tried."
+        )
+    return text
+
+
+def _describe_trend(analysis: Analysis) -> str:
+    difference, ours, base = analysis.slope_difference, analysis.equivariant, analysis.baseline
+    if difference is None:
+        return ""
+    slopes = [format_number(analysis.slopes[series].estimates["slope"].value) for series in (base, ours)]
+    text = (
+        f"Over the budgets, the loss falls as compute to the power of -{slopes[0]} for {base} and -{slopes[1]} for "
+        f"{ours}; the difference, {format_estimate(difference, signed)},"
+    )
+    return f"{text} cannot be told from 0." if difference.holds(0.0) else f"{text} is not 0."
+
+
+def _describe_exponents(analysis: Analysis) -> str:
+    found = analysis.exponents
+    if found.reason or not found.differences:
+        return ""
+    listed = ", ".join(f"{name} {format_estimate(found.differences[name], signed)}" for name in ("a", "b"))
+    verdict = (
+        f"the exponents are told apart ({join_words([n for n in found.told_apart if n in ('a', 'b')] or found.told_apart)})"
+        if found.told_apart
+        else "the exponents are not told apart"
+    )
+    text = f"In the surface L = E0 + A F^-a + B D^-b, {verdict} ({analysis.equivariant} minus {analysis.baseline}: {listed})"
+    if found.aicc_shared is not None and found.aicc_separate is not None:
+        shared = found.aicc_shared < found.aicc_separate
+        by = abs(found.aicc_shared - found.aicc_separate)
+        text += f"; AICc is lower by {by:.1f} with {'shared' if shared else 'separate'} exponents"
+    return f"{text}."
+
+
+def _describe_split(analysis: Analysis) -> str:
+    difference = analysis.optimal_size_difference
+    if difference is None:
+        return ""
+    powers = [
+        f"{format_number(analysis.optimal_sizes[series].estimates['size'].value)} for {series}"
+        for series in (analysis.baseline, analysis.equivariant)
+    ]
+    verdict = "which cannot be told apart" if difference.holds(0.0) else "which differ"
+    return (
+        f"The optimal FLOPs of an image grow as compute to the power of {join_words(powers)}, {verdict} "
+        f"({format_estimate(difference, signed)})."
+    )
+
+
+def _describe_data(analysis: Analysis) -> str:
+    ours, base = analysis.equivariant, analysis.baseline
+    multiplier = analysis.data_multipliers.get(ours)
+    if multiplier is None or multiplier.average is None:
+        return ""
+    average = multiplier.average
+    if abs(average.value) == float("inf"):
+        behind, ahead = (base, ours) if average.value > 0 else (ours, base)
+        return f"With all of its images, {behind} does not reach the loss that {ahead} has with the fewest."
+    if average.low > 1:
+        return f"With the same compute, {base} needs {_times(average)} the unique images of {ours} for the same loss."
+    if average.high < 1:
+        return (
+            f"With the same compute, {ours} needs {_times(_inverse(average))} the unique images of {base} for the same "
+            "loss."
+        )
+    return (
+        f"The unique images that {ours} and {base} need for the same loss, with the same compute, cannot be told apart: "
+        f"{base} needs {_times(average)} those of {ours}."
+    )
+
+
+def _describe_augmentation(analysis: Analysis) -> str:
+    augmented = analysis.study.augmented
+    if augmented is None or Series(augmented) not in analysis.profiles:
+        return ""
+    gaps, where = (analysis.data_gaps, "data") if analysis.data_gaps else (analysis.budget_gaps, "budgets")
+    still = [gap for gap in gaps if gap.is_open]
+    if not still:
+        known = [gap for gap in gaps if gap.gap]
+        worse = [gap for gap in known if gap.gap and gap.gap.high < 0]
+        where_worse = f"; it is worse at {len(worse)} of {len(known)}" if worse else ""
+        return (
+            f"There is no gap that {augmented} could close: at no {'number of unique images' if where == 'data' else 'budget'} "
+            f"is {analysis.equivariant} shown to be better than {analysis.baseline}{where_worse}."
+        )
+    series = [Series(augmented), Series(augmented, averaged=True)]
+    ordered = sorted(still, key=lambda gap: gap.epochs)
+    shown = ordered if len(ordered) == 1 else [ordered[0], ordered[-1]]
+    sentences = []
+    for each in series:
+        parts = [part for gap in shown if (part := _closed(gap, each))]
+        if parts:
+            cost = ", at twice the FLOPs at test time," if each.averaged else ""
+            sentences.append(f"{each}{cost} closes {join_words(parts)} of the gap between {analysis.baseline} and "
+                             f"{analysis.equivariant}.")  # fmt: skip
+    return " ".join(sentences)
+
+
+def _closed(gap: Gap, series: Series) -> str:
+    share = gap.closed.get(series)
+    return "" if share is None else f"{format_estimate(share, percent)} at {format_number(gap.epochs)} epochs"
+
+
+def _describe_others(analysis: Analysis) -> str:
+    """Which of the other arms are better or worse than the baseline by the multiplier of compute."""
+    groups: dict[str, list[str]] = {}
+    for series, multiplier in analysis.compute_multipliers.items():
+        if series == analysis.equivariant or multiplier.average is None:
+            continue
+        groups.setdefault(_verdict(multiplier.average), []).append(str(series))
+    if not groups:
+        return ""
+    parts = [f"{join_words(groups[verdict])} {verdict}" for verdict in _VERDICTS if verdict in groups]
+    return f"Of the others, by the same measure against {analysis.baseline}: {'; '.join(parts)}."
+
+
+_VERDICTS = ("less compute", "cannot be told apart", "more compute")
+
+
+def _verdict(average: Estimate) -> str:
+    return _VERDICTS[0] if average.low > 1 else _VERDICTS[2] if average.high < 1 else _VERDICTS[1]
+
+
+def _method(analysis: Analysis) -> str:
+    study = analysis.study
+    return (
+        f"{percent(study.confidence)} intervals by percentile bootstrap of {study.bootstrap:,} draws over "
+        f"{study.num_images:,} validation image{'s' * (study.num_images != 1)}, which all networks share, and over the "
+        "seeds of each cell (size and budget); for the exponents of a surface, over the cells. Compute is 3 x the FLOPs "
+        "of a forward pass x the images seen, so it is that of training. Averaged: the softmax of an image and of its "
+        "flop, averaged, at twice the FLOPs of a prediction. docs/scaling.md has the definitions."
+    )
+
+
+def _times(multiplier: Estimate) -> str:
+    return f"{format_estimate(multiplier, format_number)} times"
+
+
+def _range(estimate: Estimate) -> str:
+    return format_estimate(estimate, format_number).partition(" (")[2].rstrip(")")
+
+
+def _inverse(multiplier: Estimate) -> Estimate:
+    def invert(bound: float) -> float:
+        return 1 / bound if abs(bound) != float("inf") else -bound
+
+    return Estimate(invert(multiplier.value), invert(multiplier.high), invert(multiplier.low))
