@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def color_of(fits: Fits, arm: str) -> str:
     return _COLORS[list(fits["study"]["runs"]).index(arm) % len(_COLORS)]
 
 
-def dashes_of(row: Row) -> str:
+def dashes_of(row: Row) -> Literal["-", "--"]:
     """Returns the line style of a series: dashed where predictions are averaged."""
     return "--" if row["averaged"] else "-"
 
@@ -90,6 +90,13 @@ def log_axis(axes: Axes, which: str, label: str) -> None:
     getattr(axes, f"set_{which}label")(label)
 
 
+def flops_axis(axes: Axes, label: str) -> None:
+    """Makes a logarithmic x axis of FLOPs with ticks at 1, 3, 10 and so on."""
+    log_axis(axes, "x", label)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, "FLOPs")))
+
+
 def add_legend(figure: Figure, fits: Fits, rows: Iterable[Row], extra: Sequence[Line2D] = ()) -> None:
     """Adds a legend of the series below the figure."""
     first = {name: found[0] for name, found in group_by_series(rows).items()}
@@ -111,10 +118,8 @@ def count_left_out(fits: Fits, arm: str | None = None) -> str:
 
 
 def note_left_out(axes: Axes, fits: Fits, arm: str | None = None) -> None:
-    """Writes into the axes how many runs are left out."""
-    if text := count_left_out(fits, arm):
-        place = {"ha": "right", "va": "top", "transform": axes.transAxes}
-        axes.text(0.99, 0.99, text, color="#a33", fontsize=8, **place)
+    """Writes above the axes how many runs are left out."""
+    axes.set_title(count_left_out(fits, arm), loc="right", color="#a33333", fontsize=8)
 
 
 def _tick(value: float, unit: str) -> str:

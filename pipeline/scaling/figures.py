@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -26,6 +27,7 @@ from pipeline.scaling.figure_parts import (
     count_left_out,
     dashes_of,
     draw_band,
+    flops_axis,
     group_by_series,
     log_axis,
     note_left_out,
@@ -35,6 +37,8 @@ from pipeline.scaling.formats import format_flops, format_number, percent
 _LOSS = "validation cross-entropy (nats)"
 
 _HOLLOW = Line2D([], [], color="#444444", marker="o", markerfacecolor="white", linestyle="", label="one seed")
+
+_TRIANGLE = Line2D([], [], color="#444444", marker="^", markerfacecolor="white", linestyle="", label="not bracketed")
 
 
 def draw_figures(fits: Fits) -> list[RenderedFigure]:
@@ -52,24 +56,24 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
             add(
                 "loss_vs_compute",
                 "loss against compute",
-                "Points: every size and budget; filled with several seeds, hollow with one. Lines: the lowest loss over "
-                f"the sizes tried at each budget, with {level} bands. Dashed: averaged over an image and its flop.",
+                "Points: every size and budget; filled with several seeds, hollow with one. Lines: the lowest "
+                f"loss over the sizes tried at each budget, with {level} bands. Dashed: averaged over an image and its flop.",
                 _draw_loss(fits),
                 [*fits["cells"], *fits["profiles"]],
             )
             add(
                 "isoflop",
                 "isoFLOP profiles",
-                "Loss by size at each budget, light to dark, with the parabola of log loss over log FLOPs. Diamonds: its "
-                "minimum, where it lies between the sizes tried; without one the optimum is not bracketed.",
+                "Loss by size at each budget, light to dark, with the parabola of log loss over log FLOPs. Diamonds: "
+                "its minimum, where it lies between the sizes tried; without one the optimum is not bracketed.",
                 _draw_profiles(fits),
                 [row for row in fits["cells"] if not row["averaged"]],
             )
             add(
                 "optimum",
                 "optimal size and number of images",
-                f"FLOPs of an image and images seen at the lowest loss of each budget, with {level} bands. Triangles: the "
-                "smallest or the largest size is the best, so the optimum is at most or at least there.",
+                f"FLOPs of an image and images seen at the lowest loss of each budget, with {level} bands. Triangles: "
+                "the smallest or the largest size is the best, so the optimum is at most or at least there.",
                 _draw_optimum(fits),
                 [row for row in fits["profiles"] if not row["averaged"]],
             )
@@ -77,8 +81,8 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
             add(
                 "images",
                 "loss against unique images",
-                f"The same size and compute, with fewer images that repeat more often. Bands: {level}. Dashed: averaged "
-                "over an image and its flop.",
+                f"The same size and compute, with fewer images that repeat more often. Bands: {level}. Dashed: "
+                "averaged over an image and its flop.",
                 _draw_images(fits),
                 fits["data_cells"],
             )
@@ -86,8 +90,9 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
             add(
                 "gap",
                 "gap against epochs",
-                f"Above: loss of {fits['study']['baseline']} minus that of {fits['study']['equivariant']}, with {level} "
-                "bands. Below: the share of this gap that others close, where it is above zero. Left: fewer unique images "
+                f"Above: loss of {fits['study']['baseline']} minus that of {fits['study']['equivariant']}, with "
+                f"{level} bands. Below: the share of this gap that others close, where it is above zero (the axis ends "
+                f"at {percent(gap_figure.SHARES[0])} and {percent(gap_figure.SHARES[1])}). Left: fewer unique images "
                 "at one budget. Right: all images and a larger budget.",
                 gap_figure.draw(fits),
                 gap_figure.rows(fits),
@@ -155,21 +160,21 @@ def _draw_profiles(fits: Fits) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     budgets = sorted({row["budget"] for row in fits["profiles"]})
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 0.95, len(budgets)))
-    colors = {budget: matplotlib.colors.to_hex(shade) for budget, shade in zip(budgets, shades, strict=True)}
+    colors = {budget: to_hex(shade) for budget, shade in zip(budgets, shades, strict=True)}
     for axes, (name, profiles) in zip(grid.flat, panels.items(), strict=False):
         for row in fits["cells"]:
             if row["series"] == name:
                 _draw_cell(axes, fits, row, row["flops_image"], color=colors[row["budget"]])
         for profile in profiles:
             _draw_parabola(axes, profile, colors[profile["budget"]])
-        axes.set_title(name, fontsize=10)
+        axes.set_title(name, fontsize=10, loc="left")
         note_left_out(axes, fits, profiles[0]["arm"])
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for number, axes in enumerate(grid.flat[: len(panels)]):
         is_left, is_lowest = number % columns == 0, number + columns >= len(panels)
         log_axis(axes, "y", _LOSS if is_left else "")
-        cost_axis(axes, [row["flops_image"] for row in fits["cells"]], "FLOPs of an image" if is_lowest else "")
+        flops_axis(axes, "FLOPs of an image" if is_lowest else "")
         axes.tick_params(labelbottom=is_lowest)
     handles = [Line2D([], [], color=color, marker="o", label=format_flops(b)) for b, color in colors.items()]
     handles += _hollow(fits["cells"])
@@ -187,7 +192,9 @@ def _draw_parabola(axes: Axes, profile: Row, color: str) -> None:
     if profile["bracketed"]:
         value, loss = profile["lowest_at"], profile["loss"]["value"]
         text = f"{profile['series']}, {format_flops(profile['budget'])}: lowest at {format_flops(value)} an image"
-        axes.plot(value, loss, "D", color=color, markersize=6, markeredgecolor="white", gid=mark_gid(text, text))
+        axes.plot(
+            value, loss, "D", color=color, markersize=6, markeredgecolor="white", gid=mark_gid(profile["series"], text)
+        )
 
 
 def _draw_optimum(fits: Fits) -> Figure:
@@ -205,13 +212,14 @@ def _draw_optimum(fits: Fits) -> Figure:
             for row in found:
                 if row not in inside:
                     _draw_open_optimum(axes, fits, row, per_image, color, name)
+    for axes in (size_axes, image_axes):
+        axes.margins(y=0.1)
     log_axis(size_axes, "y", "optimal FLOPs of an image")
     log_axis(image_axes, "y", "images seen at the optimum")
     for axes, label in ((size_axes, ""), (image_axes, "compute of the training (FLOPs)")):
         cost_axis(axes, [row["budget"] for row in plain], label)
     note_left_out(size_axes, fits)
-    triangles = Line2D([], [], color="#444444", marker="^", markerfacecolor="white", linestyle="", label="not bracketed")
-    add_legend(figure, fits, plain, [triangles] if any(row["flops_image"] is None for row in plain) else [])
+    add_legend(figure, fits, plain, [_TRIANGLE] if any(row["flops_image"] is None for row in plain) else [])
     return figure
 
 
@@ -226,7 +234,8 @@ def _optimum(row: Row, per_image: bool) -> dict[str, float | None]:
 
 
 def _draw_open_optimum(axes: Axes, fits: Fits, row: Row, per_image: bool, color: str, name: str) -> None:
-    sizes = [cell["flops_image"] for cell in fits["cells"] if cell["series"] == name and cell["budget"] == row["budget"]]
+    cells = [cell for cell in fits["cells"] if cell["series"] == name and cell["budget"] == row["budget"]]
+    sizes = [cell["flops_image"] for cell in cells]
     at_most = row["lowest_at"] <= np.sqrt(min(sizes) * max(sizes))
     value = row["lowest_at"] if per_image else row["compute"] / 3 / row["lowest_at"]
     marker = "v" if at_most == per_image else "^"

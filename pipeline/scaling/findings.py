@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.scaling.findings_table import make_table
-from pipeline.scaling.fits import Analysis, Multiplier
-from pipeline.scaling.formats import format_flops, format_number, join_words, percent, signed
+from pipeline.scaling.fits import Analysis
+from pipeline.scaling.formats import format_number, join_words, percent, signed
 from pipeline.scaling.gaps import Gap
 from pipeline.scaling.intervals import Estimate, format_estimate
 from pipeline.scaling.runs import Series
@@ -34,8 +33,8 @@ def control_note(analysis: Analysis) -> str:
     if study.flop_invariant:
         return ""
     return (
-        f"A control: the labels of {study.data} change under a flop, so {study.equivariant} has the wrong symmetry here "
-        "and is expected to be worse. This study shows that the method can say so, and nothing about images whose "
+        f"A control: the labels of {study.data} change under a flop, so {study.equivariant} has the wrong symmetry "
+        "here and is expected to be worse. This study shows that the method can say so, and nothing about images whose "
         "labels do not change."
     )
 
@@ -76,7 +75,7 @@ def _in_short(analysis: Analysis) -> str:
         found.append("the optimal split of compute into size and images differs")
     if not found:
         return f"In short: nothing was found that tells {ours} and {base} apart."
-    return f"In short: {join_words(found)}."
+    return f"In short: {'; '.join(found)}."
 
 
 def _describe_compute(analysis: Analysis) -> str:
@@ -125,12 +124,10 @@ def _describe_exponents(analysis: Analysis) -> str:
     if found.reason or not found.differences:
         return ""
     listed = ", ".join(f"{name} {format_estimate(found.differences[name], signed)}" for name in ("a", "b"))
-    verdict = (
-        f"the exponents are told apart ({join_words([n for n in found.told_apart if n in ('a', 'b')] or found.told_apart)})"
-        if found.told_apart
-        else "the exponents are not told apart"
-    )
-    text = f"In the surface L = E0 + A F^-a + B D^-b, {verdict} ({analysis.equivariant} minus {analysis.baseline}: {listed})"
+    apart = [name for name in ("a", "b") if name in found.told_apart]
+    verdict = f"{join_words(apart)} can be told apart" if apart else "the exponents are not told apart"
+    arms = f"{analysis.equivariant} minus {analysis.baseline}"
+    text = f"In the surface L = E0 + A F^-a + B D^-b, {verdict} ({arms}: {listed})"
     if found.aicc_shared is not None and found.aicc_separate is not None:
         shared = found.aicc_shared < found.aicc_separate
         by = abs(found.aicc_shared - found.aicc_separate)
@@ -170,8 +167,8 @@ def _describe_data(analysis: Analysis) -> str:
             "loss."
         )
     return (
-        f"The unique images that {ours} and {base} need for the same loss, with the same compute, cannot be told apart: "
-        f"{base} needs {_times(average)} those of {ours}."
+        f"The unique images that {ours} and {base} need for the same loss, with the same compute, cannot be told "
+        f"apart: {base} needs {_times(average)} those of {ours}."
     )
 
 
@@ -179,15 +176,17 @@ def _describe_augmentation(analysis: Analysis) -> str:
     augmented = analysis.study.augmented
     if augmented is None or Series(augmented) not in analysis.profiles:
         return ""
-    gaps, where = (analysis.data_gaps, "data") if analysis.data_gaps else (analysis.budget_gaps, "budgets")
+    gaps, where = analysis.data_gaps, "number of unique images"
+    if not gaps:
+        gaps, where = analysis.budget_gaps, "budget"
     still = [gap for gap in gaps if gap.is_open]
     if not still:
         known = [gap for gap in gaps if gap.gap]
         worse = [gap for gap in known if gap.gap and gap.gap.high < 0]
         where_worse = f"; it is worse at {len(worse)} of {len(known)}" if worse else ""
         return (
-            f"There is no gap that {augmented} could close: at no {'number of unique images' if where == 'data' else 'budget'} "
-            f"is {analysis.equivariant} shown to be better than {analysis.baseline}{where_worse}."
+            f"There is no gap that {augmented} could close: at no {where} is {analysis.equivariant} shown to be better "
+            f"than {analysis.baseline}{where_worse}."
         )
     series = [Series(augmented), Series(augmented, averaged=True)]
     ordered = sorted(still, key=lambda gap: gap.epochs)
@@ -197,14 +196,17 @@ def _describe_augmentation(analysis: Analysis) -> str:
         parts = [part for gap in shown if (part := _closed(gap, each))]
         if parts:
             cost = ", at twice the FLOPs at test time," if each.averaged else ""
-            sentences.append(f"{each}{cost} closes {join_words(parts)} of the gap between {analysis.baseline} and "
-                             f"{analysis.equivariant}.")  # fmt: skip
+            gap = f"Of the gap between {analysis.baseline} and {analysis.equivariant}"
+            sentences.append(f"{gap}, {each}{cost} closes {join_words(parts)}.")
     return " ".join(sentences)
 
 
 def _closed(gap: Gap, series: Series) -> str:
     share = gap.closed.get(series)
-    return "" if share is None else f"{format_estimate(share, percent)} at {format_number(gap.epochs)} epochs"
+    if share is None:
+        return ""
+    amount = f"more than all (at least {percent(share.low)})" if share.low > 1 else format_estimate(share, percent)
+    return f"{amount} at {format_number(gap.epochs)} epochs"
 
 
 def _describe_others(analysis: Analysis) -> str:
@@ -216,11 +218,11 @@ def _describe_others(analysis: Analysis) -> str:
         groups.setdefault(_verdict(multiplier.average), []).append(str(series))
     if not groups:
         return ""
-    parts = [f"{join_words(groups[verdict])} {verdict}" for verdict in _VERDICTS if verdict in groups]
-    return f"Of the others, by the same measure against {analysis.baseline}: {'; '.join(parts)}."
+    parts = [f"{verdict}: {'; '.join(groups[verdict])}" for verdict in _VERDICTS if verdict in groups]
+    return f"The others against {analysis.baseline}, by the compute for the same loss. {'. '.join(parts)}."
 
 
-_VERDICTS = ("less compute", "cannot be told apart", "more compute")
+_VERDICTS = ("Less", "Cannot be told apart", "More")
 
 
 def _verdict(average: Estimate) -> str:
@@ -229,12 +231,13 @@ def _verdict(average: Estimate) -> str:
 
 def _method(analysis: Analysis) -> str:
     study = analysis.study
+    images = f"{study.num_images:,} validation image{'s' * (study.num_images != 1)}"
     return (
-        f"{percent(study.confidence)} intervals by percentile bootstrap of {study.bootstrap:,} draws over "
-        f"{study.num_images:,} validation image{'s' * (study.num_images != 1)}, which all networks share, and over the "
-        "seeds of each cell (size and budget); for the exponents of a surface, over the cells. Compute is 3 x the FLOPs "
-        "of a forward pass x the images seen, so it is that of training. Averaged: the softmax of an image and of its "
-        "flop, averaged, at twice the FLOPs of a prediction. docs/scaling.md has the definitions."
+        f"{percent(study.confidence)} intervals by percentile bootstrap of {study.bootstrap:,} draws over {images}, "
+        "which all networks share, and over the seeds of each cell (size and budget); for the exponents of a surface, "
+        "over the cells. Compute is 3 x the FLOPs of a forward pass x the images seen, so it is that of training. "
+        "Averaged: the softmax of an image and of its flop, averaged, at twice the FLOPs of a prediction. "
+        "docs/scaling.md has the definitions."
     )
 
 

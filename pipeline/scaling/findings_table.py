@@ -81,12 +81,12 @@ def _number(estimate: Estimate | None, formatter: Callable[[float], str]) -> dic
     if estimate is None:
         return {"text": MISSING, "sort": None, "spread": ""}
     low, high = (formatter(b) if np.isfinite(b) else None for b in (estimate.low, estimate.high))
-    spread = f"{low} to {high}" if low and high else f"{low} or more" if low else f"{high} or less" if high else "no bound"
+    open_side = f"{low} or more" if low else f"{high} or less" if high else "no bound"
     known = bool(np.isfinite(estimate.value))
     return {
         "text": formatter(estimate.value) if known else "not reached",
         "sort": estimate.value if known else None,
-        "spread": spread,
+        "spread": f"{low} to {high}" if low and high else open_side,
     }
 
 
@@ -101,9 +101,9 @@ def _text(text: str) -> dict[str, Any]:
 def _note(analysis: Analysis) -> str:
     base = analysis.study.baseline
     return (
-        "Lowest loss: validation cross-entropy in nats at the largest budget, at the best of the sizes tried. A size with "
-        "≤ or ≥ is the smallest or the largest tried, so the optimum was not found. Slope: -d log L / d log C over the "
+        "Lowest loss: validation cross-entropy in nats at the largest budget, at the best of the sizes tried. With ≤ or "
+        "≥ it is the smallest or the largest tried, so the optimum was not found. Slope: -d log L / d log C over the "
         "budgets. g: L = E0 + K C^-g. a, b: L = E0 + A F^-a + B D^-b. Multiplier: how many times the compute, or the "
-        f"unique images, {base} needs for the same loss; above 1 the arm is better than {base}. –: not identified or not "
-        "measured, with the reason below."
+        f"unique images, {base} needs for the same loss; above 1 the arm is better than {base}. {MISSING}: not "
+        "identified or not measured, with the reason below."
     )

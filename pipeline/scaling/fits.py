@@ -78,9 +78,7 @@ def analyze(study: Study) -> Analysis:
     profiles = {series: fit_profiles(found) for series, found in compute_cells.items()}
     resampled = {series: fit_profiles(found, counts) for series, found in compute_cells.items()}
     surfaces = {
-        series: fit_surface(found, counts, confidence)
-        for series, found in compute_cells.items()
-        if not series.averaged
+        series: fit_surface(found, counts, confidence) for series, found in compute_cells.items() if not series.averaged
     }
     slopes = {series: fit_slope(found, confidence) for series, found in profiles.items()}
     sizes = {series: fit_optimal_size(found, confidence) for series, found in profiles.items()}
@@ -174,9 +172,7 @@ def _compute_multiplier(
     )
 
 
-def _data_multiplier(
-    cells: Mapping[Series, list[Cell]], series: Series, base: Series, confidence: float
-) -> Multiplier:
+def _data_multiplier(cells: Mapping[Series, list[Cell]], series: Series, base: Series, confidence: float) -> Multiplier:
     ours, theirs = ({cell.unique_images: cell for cell in cells.get(each, [])} for each in (series, base))
     common = sorted(ours.keys() & theirs.keys())
     if len(common) < 2:
@@ -196,9 +192,7 @@ def _data_multiplier(
     return Multiplier(_exp(percentile_estimate(average[0], average[1:], confidence)), None, costs)
 
 
-def _paired(
-    profiles: Mapping[Series, list[Profile]], series: Series, base: Series
-) -> list[tuple[Profile, Profile]]:
+def _paired(profiles: Mapping[Series, list[Profile]], series: Series, base: Series) -> list[tuple[Profile, Profile]]:
     theirs = {profile.budget: profile for profile in profiles.get(base, [])}
     return [(profile, theirs[profile.budget]) for profile in profiles[series] if profile.budget in theirs]
 

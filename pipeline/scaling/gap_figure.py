@@ -13,6 +13,10 @@ from pipeline.scaling.figure_parts import Fits, add_legend, color_of, dashes_of,
 _TITLES = {"data_gaps": "fewer unique images", "budget_gaps": "larger budgets"}
 
 
+SHARES = (-0.5, 2.0)
+"""Range of the axis of shares: where the gap is small, they can be anything."""
+
+
 def rows(fits: Fits) -> list[dict[str, Any]]:
     """Returns the plotted data: a row for each gap, and one for each share of it."""
     found = []
@@ -34,13 +38,15 @@ def draw(fits: Fits) -> Figure:
         _draw_gaps(grid[0, column], fits, kind)
         if has_shares:
             _draw_shares(grid[1, column], fits, kind)
-        grid[0, column].set_title(_TITLES[kind], fontsize=10)
+        grid[0, column].set_title(_TITLES[kind], fontsize=10, loc="left")
         for axes in grid[:, column]:
             log_axis(axes, "x", "")
         grid[-1, column].set_xlabel(f"epochs of {fits['study']['baseline']}")
     grid[0, 0].set_ylabel("gap (nats)")
     if has_shares:
         grid[1, 0].set_ylabel("share of the gap closed")
+        low, high = grid[1, 0].get_ylim()
+        grid[1, 0].set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
         grid[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
     note_left_out(grid[0, -1], fits)
     add_legend(figure, fits, _series_rows(fits, has_shares))
@@ -50,7 +56,8 @@ def draw(fits: Fits) -> Figure:
 def _draw_gaps(axes: Any, fits: Fits, kind: str) -> None:
     axes.axhline(0, color="#888888", linewidth=1)
     gaps = sorted((gap for gap in fits[kind] if gap["gap"]), key=lambda gap: gap["epochs"])
-    color = color_of(fits, fits["study"]["equivariant"])
+    name = fits["study"]["equivariant"]
+    color = color_of(fits, name)
     x = [gap["epochs"] for gap in gaps]
     draw_band(axes, x, [gap["gap"] for gap in gaps], color)
     axes.plot(x, [gap["gap"]["value"] for gap in gaps], color=color, linewidth=1.5)
@@ -59,7 +66,7 @@ def _draw_gaps(axes: Any, fits: Fits, kind: str) -> None:
         axes.plot([gap["epochs"]] * 2, [low, high], color=color, linewidth=1, alpha=0.6)
         text = f"gap {gap['gap']['value']:.3g} ({low:.3g} to {high:.3g}) at {gap['epochs']:.3g} epochs"
         face = color if gap["has_seeds"] else "white"
-        axes.plot(gap["epochs"], gap["gap"]["value"], "o", color=color, markerfacecolor=face, gid=mark_gid(kind, text))
+        axes.plot(gap["epochs"], gap["gap"]["value"], "o", color=color, markerfacecolor=face, gid=mark_gid(name, text))
 
 
 def _draw_shares(axes: Any, fits: Fits, kind: str) -> None:

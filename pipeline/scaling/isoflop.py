@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 WINDOW = 2
-"""Sizes on each side of the lowest loss that the parabola is fitted to: far from its minimum, log loss is no parabola."""
+"""Number of sizes on each side of the lowest loss that the parabola is fitted to. Farther away it fits badly."""
 
 
 @dataclass(frozen=True)

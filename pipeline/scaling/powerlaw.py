@@ -220,7 +220,7 @@ def _damped_step(model: PowerLaws, theta: Array, state: _State, damping: Array) 
     scale = np.maximum(diagonal, 1e-12 * diagonal.max(1, keepdims=True) + 1e-30)
     diagonal += damping[:, None] * scale
     diagonal[fixed] = 1.0
-    return np.linalg.solve(curvature, -(state.gradient * free)[:, :, None])[:, :, 0]
+    return np.asarray(np.linalg.solve(curvature, -(state.gradient * free)[:, :, None])[:, :, 0], float)
 
 
 def _exponents(terms: Array, theta: Array) -> Array:

@@ -3,16 +3,17 @@
 A *cell* has the runs of one series that differ in their seed only: one size, one budget, one number of unique images.
 There are two bootstraps of two levels each, because the estimators differ in what they need:
 
-- *Seeds and images*, for estimators that need every cell: losses, isoFLOP minima, multipliers, gaps. A draw resamples the
-  validation images, once for all runs, so that networks are compared on the same images; and the seeds within each cell,
-  independently for each arm. The deviation of a cell's draw from its mean is multiplied by a factor, for two reasons. n
-  values drawn from n have (n - 1) / n of the variance, half of it for two seeds, which sqrt(n / (n - 1)) corrects (Rao
-  and Wu 1988). And seeds differ in their mean over the validation images partly because these are few. That part is in
-  the level of images already, so it is taken out of the seeds' variance, as in an analysis of variance of seeds x images.
-- *Cells and images*, for the exponents of a surface, which are defined for any selection of cells. A draw resamples size
-  and budget together, the same for all arms. A cell comes with all of its seeds, as drawing these again would count their
-  noise twice (Davison and Hinkley 1997, section 3.8). For the same reason the images move all cells of a series
-  together, by their mean over the cells.
+- *Seeds and images*, for estimators that need every cell: losses, isoFLOP minima, multipliers, gaps. A draw resamples
+  the validation images, once for all runs, so that networks are compared on the same images; and the seeds within each
+  cell, independently for each arm. The deviation of a cell's draw from its mean is multiplied by a factor, for two
+  reasons. n values drawn from n have (n - 1) / n of the variance, half of it for two seeds, which sqrt(n / (n - 1))
+  corrects (Rao and Wu 1988). And seeds differ in their mean over the validation images partly because these are few.
+  That part is in the level of images already, so it is taken out of the seeds' variance, as in an analysis of variance
+  of seeds x images.
+- *Cells and images*, for the exponents of a surface, which are defined for any selection of cells. A draw resamples
+  size and budget together, the same for all arms. A cell comes with all of its seeds, as drawing these again would
+  count their noise twice (Davison and Hinkley 1997, section 3.8). For the same reason the images move all cells of a
+  series together, by their mean over the cells.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _make_cell(
     by_run: Mapping[tuple[str, bool], Array],
     weights: Array,
 ) -> Cell:
-    first, n = runs[0], len(runs)
+    first = runs[0]
     draws = np.stack([by_run[run.trial, series.averaged] for run in runs], axis=1)
     means, resampled = draws.mean(1), (draws * weights).sum(1)
     factor = _seed_factor([image_losses[run.trial, series.averaged] for run in runs])

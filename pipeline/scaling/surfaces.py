@@ -85,14 +85,11 @@ class ExponentComparison:
 def compare_exponents(
     cells: Sequence[Cell], base_cells: Sequence[Cell], law: Law, base_law: Law, confidence: float
 ) -> ExponentComparison:
-    """Compares two series by the bootstrap of the difference of their exponents, and by AICc.
+    """Compares two series whose surfaces are identified: by the bootstrap of the differences, and by AICc.
 
     The corrected criterion of Akaike is n log(2 S / n) + 2 k + 2 k (k + 1) / (n - k - 1) with the summed Huber losses
     S in place of half of the sum of squares; k counts the parameters and the scale of the residuals.
     """
-    for each, label in ((base_law, base_cells), (law, cells)):
-        if not each.is_identified:
-            return ExponentComparison(reason=f"the surface of {label[0].series if label else 'an arm'} is not identified")
     differences = {}
     for name in ("a", "b", "frontier", "size"):
         draws = law.draws[name] - base_law.draws[name]

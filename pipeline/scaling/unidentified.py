@@ -65,8 +65,8 @@ def _single_seeds(analysis: Analysis) -> list[str]:
     if not single:
         return []
     return [
-        f"{single} of {len(cells)} cells have one seed: the noise of their seeds is in the exponents of a surface, and in "
-        "no other interval. They are drawn hollow."
+        f"{single} of {len(cells)} cells have one seed: the noise of their seeds is in the exponents of a surface, "
+        "and in no other interval. They are drawn hollow."
     ]
 
 

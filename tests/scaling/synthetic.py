@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 COLUMNS = (
-    "trial study arm size seed budget params flops_image images_seen unique_images epochs compute val_loss top1_pct "
-    "val_loss_averaged top1_averaged_pct seconds state message"
-).split()
+    *("trial", "study", "arm", "size", "seed", "budget", "params", "flops_image", "images_seen", "unique_images"),
+    *("epochs", "compute", "val_loss", "top1_pct", "val_loss_averaged", "top1_averaged_pct", "seconds", "state"),
+    "message",
+)
 
 
 class Law(NamedTuple):
