@@ -57,7 +57,8 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
                 "loss_vs_compute",
                 "loss against compute",
                 "Points: every size and budget; filled with several seeds, hollow with one. Lines: the lowest "
-                f"loss over the sizes tried at each budget, with {level} bands. Dashed: averaged over an image and its flop.",
+                f"loss over the sizes tried at each budget, with {level} bands. Dashed: averaged over an image and its "
+                "flop.",
                 _draw_loss(fits),
                 [*fits["cells"], *fits["profiles"]],
             )
