@@ -66,6 +66,7 @@ def draw_band(axes: Axes, x: Sequence[float], estimates: Sequence[Row], color: s
 
 def cost_axis(axes: Axes, costs: Iterable[float], label: str, unit: str = "FLOPs") -> None:
     """Makes a logarithmic x axis with ticks at the costs that were tried."""
+    _widen(axes, "x")
     ticks = sorted(set(costs))
     while len(ticks) > _MAX_TICKS:
         ticks = ticks[::-1][::2][::-1]
@@ -78,6 +79,7 @@ def cost_axis(axes: Axes, costs: Iterable[float], label: str, unit: str = "FLOPs
 
 def log_axis(axes: Axes, which: str, label: str) -> None:
     """Makes a logarithmic axis with plain numbers at 1, 2, 5 and their like."""
+    _widen(axes, which)
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     low, high = sorted(getattr(axes, f"get_{which}lim")())
@@ -120,6 +122,13 @@ def count_left_out(fits: Fits, arm: str | None = None) -> str:
 def note_left_out(axes: Axes, fits: Fits, arm: str | None = None) -> None:
     """Writes above the axes how many runs are left out."""
     axes.set_title(count_left_out(fits, arm), loc="right", color="#a33333", fontsize=8)
+
+
+def _widen(axes: Axes, which: str) -> None:
+    """Sets the limits of an axis on which all points are at one value, which a logarithmic axis cannot do itself."""
+    low, high = getattr(axes.dataLim, f"interval{which}")
+    if high <= low * (1 + 1e-9):
+        getattr(axes, f"set_{which}lim")(low / 1.5, low * 1.5)
 
 
 def _tick(value: float, unit: str) -> str:

@@ -102,7 +102,7 @@ def _note(analysis: Analysis) -> str:
     base = analysis.study.baseline
     return (
         "Lowest loss: validation cross-entropy in nats at the largest budget, at the best of the sizes tried. With ≤ "
-        "or ≥ it is the smallest or the largest tried, so the optimum was not found. Slope: -d log L / d log C over the "
+        "or ≥ it is the smallest or the largest tried: the optimum was not found. Slope: -d log L / d log C over the "
         "budgets. g: L = E0 + K C^-g. a, b: L = E0 + A F^-a + B D^-b. Multiplier: how many times the compute, or the "
         f"unique images, {base} needs for the same loss; above 1 the arm is better than {base}. {MISSING}: not "
         "identified or not measured, with the reason below."

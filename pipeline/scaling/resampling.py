@@ -147,6 +147,8 @@ def common_images(cells: Sequence[Cell]) -> Array:
 def draw_cells(cells: Sequence[Cell], num_draws: int, seed: int) -> dict[tuple[str, float], Array]:
     """Returns how often each draw has a size and budget, shape (draws,), the same for all arms."""
     grid = list(dict.fromkeys((cell.size, cell.budget) for cell in cells))
+    if not grid:
+        return {}
     rng = np.random.default_rng([seed, 1])
     counts = rng.multinomial(len(grid), np.full(len(grid), 1 / len(grid)), size=num_draws).astype(float)
     return dict(zip(grid, counts.T, strict=True))

@@ -81,6 +81,8 @@ class Study:
     seed: int
     flop_invariant: bool
     data: str
+    not_trained: tuple[str, ...] = ()
+    """Sizes that cannot spend a budget, and why."""
 
     @property
     def arms(self) -> list[str]:
@@ -125,6 +127,7 @@ def load_study(folder: Path) -> Study:
         seed=int(settings["seed"]),
         flop_invariant=bool(settings["flop_invariant"]),
         data=settings["data"],
+        not_trained=tuple(settings.get("left_out", ())),
     )
 
 

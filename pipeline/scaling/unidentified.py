@@ -13,8 +13,8 @@ _MAX_LISTED = 10
 
 
 def left_out(study: Study) -> list[str]:
-    """Returns a sentence for each state in which runs are left out of all fits and figures, naming them."""
-    sentences = []
+    """Returns what was not trained, and what is left out of all fits and figures because it diverged or failed."""
+    sentences = [f"Not trained: {'; '.join(study.not_trained)}."] if study.not_trained else []
     for state in ("diverged", "failed"):
         runs = [run for run in study.runs if run.state == state]
         if runs:

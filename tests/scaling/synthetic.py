@@ -97,7 +97,7 @@ def write_study(folder: Path, plan: Plan, rng_seed: int = 0) -> None:
         "baseline": "x",
         "equivariant": "e",
         "augmented": "x-flop" if "x-flop" in plan.arms else None,
-        "bootstrap": 200,
+        "bootstrap": 60,
         "confidence": 0.9,
         "seed": 0,
         "flop_invariant": True,
