@@ -96,7 +96,7 @@ def analyze(study: Study) -> Analysis:
         slope_difference=_difference(slopes, "slope", base, ours, confidence),
         optimal_size_difference=_difference(sizes, "size", base, ours, confidence),
         compute_multipliers={
-            series: _compute_multiplier(profiles, resampled, series, base, confidence)
+            series: compute_multiplier(profiles, resampled, series, base, confidence)
             for series in profiles
             if series != base
         },
@@ -146,13 +146,14 @@ def _difference(
     return percentile_estimate(float(draws[0]), draws[1:], confidence)
 
 
-def _compute_multiplier(
+def compute_multiplier(
     profiles: Mapping[Series, list[Profile]],
     resampled: Mapping[Series, list[Profile]],
     series: Series,
     base: Series,
     confidence: float,
 ) -> Multiplier:
+    """Returns the compute multiplier of a series. `resampled`: profiles whose draws have other cells."""
     paired = _paired(profiles, series, base)
     if len(paired) < 2:
         return Multiplier(None, None, (), f"{len(paired)} budget{'s' * (len(paired) != 1)} in common with {base}")

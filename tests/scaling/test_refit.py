@@ -131,7 +131,9 @@ def test_files_of_two_studies_are_refused(tmp_path):
 
 
 def test_a_control_says_so_in_the_report(tmp_path):
-    written(tmp_path, Plan(sizes=(1e6, 3e6), budgets=(1e12, 3e12), settings={"flop_invariant": False, "data": "digits"}))
+    written(
+        tmp_path, Plan(sizes=(1e6, 3e6), budgets=(1e12, 3e12), settings={"flop_invariant": False, "data": "digits"})
+    )
     section = load_section(tmp_path)
     assert section.title == "Scaling study (a control)" and "the labels of digits change" in section.control
     for template in ("report.html", "report.md"):
