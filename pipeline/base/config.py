@@ -26,7 +26,6 @@ from pipeline.base.schema import (
 )
 from pipeline.base.yaml_files import read_yaml
 
-
 _SET_BY_BUDGET = {"epochs", "warmup_epochs", "cooldown_epochs", "schedule_step"}
 
 

@@ -156,8 +156,8 @@ def stratified_rows(labels: Tensor, num_images: int, seed: int) -> Tensor:
     """Returns the rows of a subset with the classes in their proportions, ascending, (num_images,) int64.
 
     The images of each class are put in a random order, and the k-th of n gets the place (k - u) / n, with a random u in
-    [0, 1) for each class. The subset is the first `num_images` in the order of their places, so a smaller subset is part
-    of a larger one. Classes of equal size differ by at most one image.
+    [0, 1) for each class. The subset is the first `num_images` in the order of their places. So a smaller subset is
+    part of a larger one, and classes of equal size differ by at most one image.
 
     Args:
         labels: (N,) int64.

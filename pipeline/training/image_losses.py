@@ -17,7 +17,7 @@ from pipeline.loading.batching import Batch
 
 @dataclass(frozen=True)
 class ImageLosses:
-    """Cross-entropy without smoothing, in nats, and whether the top-1 class is right, for every image in their order."""
+    """Cross-entropy without smoothing, in nats, and whether the top-1 class is right, for every image, in order."""
 
     losses: NDArray[np.float64]
     """(num_images,)"""
