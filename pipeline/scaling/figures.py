@@ -157,7 +157,7 @@ def _draw_profiles(fits: Fits) -> Figure:
     panels = {name: rows for name, rows in group_by_series(fits["profiles"]).items() if not rows[0]["averaged"]}
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(1.0 + 2.9 * columns, 0.9 + 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(1.2 + 2.1 * columns, 1.1 + 2.1 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     budgets = sorted({row["budget"] for row in fits["profiles"]})
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 0.95, len(budgets)))

@@ -111,7 +111,7 @@ def _describe_trend(analysis: Analysis) -> str:
     difference, ours, base = analysis.slope_difference, analysis.equivariant, analysis.baseline
     if difference is None:
         return ""
-    slopes = [format_number(analysis.slopes[series].estimates["slope"].value) for series in (base, ours)]
+    slopes = [f"{analysis.slopes[series].estimates['slope'].value:.3f}" for series in (base, ours)]
     text = (
         f"Over the budgets, the loss falls as compute to the power of -{slopes[0]} for {base} and -{slopes[1]} for "
         f"{ours}; the difference, {format_estimate(difference, signed)},"
@@ -237,7 +237,7 @@ def _method(analysis: Analysis) -> str:
         "which all networks share, and over the seeds of each cell (size and budget); for the exponents of a surface, "
         "over the cells. Compute is 3 x the FLOPs of a forward pass x the images seen, so it is that of training. "
         "Averaged: the softmax of an image and of its flop, averaged, at twice the FLOPs of a prediction. "
-        "docs/scaling.md has the definitions."
+        "Each interval stands for itself: they are not corrected for their number. docs/scaling.md has the definitions."
     )
 
 

@@ -32,7 +32,7 @@ def draw(fits: Fits) -> Figure:
     """Draws a column for the data study and one for the budgets, where they have gaps."""
     kinds = [kind for kind in _TITLES if any(gap["gap"] for gap in fits[kind])]
     has_shares = any(share for kind in kinds for gap in fits[kind] for share in gap["closed"].values())
-    figure = Figure(figsize=(1.2 + 3.6 * max(len(kinds), 1), 5.4 if has_shares else 3.4), layout="constrained")
+    figure = Figure(figsize=(1.0 + 2.7 * max(len(kinds), 1), 5.0 if has_shares else 3.2), layout="constrained")
     grid = figure.subplots(1 + has_shares, max(len(kinds), 1), squeeze=False, sharey="row")
     for column, kind in enumerate(kinds):
         _draw_gaps(grid[0, column], fits, kind)

@@ -90,6 +90,11 @@ def _not_bracketed(analysis: Analysis) -> list[str]:
             f"The optimal size of {series} is not bracketed at {join_words(budgets)}: {end}."
             for end, budgets in ends.items()
         ]
+    if sentences:
+        sentences.append(
+            "Where the optimal size is not bracketed, losses, slopes and multipliers are those of the best size tried. "
+            "An arm whose best sizes were not tried looks worse than it is."
+        )
     return sentences
 
 
