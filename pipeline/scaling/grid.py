@@ -12,7 +12,7 @@ from pipeline.base.config import Experiment, override_recipe
 from pipeline.base.errors import ConfigError
 from pipeline.base.scaling_params import Scaling
 from pipeline.base.schema import Recipe, Run
-from pipeline.plan import TRAIN_STEP_COST
+from pipeline.plan import TRAIN_STEP_COST, dataset_size
 
 MIN_STEPS = 20
 """A training of fewer steps is left out: its schedule has hardly begun."""
@@ -25,6 +25,8 @@ STEP_RECIPE: Mapping[str, Any] = {
     "ema_decay": None,
 }
 """Fields of the recipe that do not apply. To the loop, a training is one epoch; its last weights are evaluated."""
+
+_UNKNOWN_IMAGES = 10**12
 
 Costs = Mapping[tuple[str, str], Complexity]
 """(arm, size) -> parameters, and FLOPs of the forward pass of one image."""
@@ -96,6 +98,18 @@ def make_recipe(experiment: Experiment, arm: str) -> Recipe:
     """Returns the recipe of an arm as a training of one epoch."""
     scaling = scaling_of(experiment)
     return override_recipe(experiment.recipes[scaling.recipe], {**scaling.arms[arm].recipe, **STEP_RECIPE})
+
+
+def check_study(experiment: Experiment) -> None:
+    """Builds every network of the study without weights, and plans its trainings.
+
+    Raises: ConfigError for an arm, a size or a budget that cannot be trained.
+    """
+    try:
+        num_images, num_classes = dataset_size(experiment)
+    except ConfigError:  # no shards yet: no number of epochs is too large, and no subset too small
+        num_images, num_classes = _UNKNOWN_IMAGES, 10
+    plan_study(experiment, count_costs(experiment, num_classes), num_images)
 
 
 def count_costs(experiment: Experiment, num_classes: int) -> Costs:
