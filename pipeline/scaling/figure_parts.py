@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from pipeline.scaling.formats import format_flops
 
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 # Okabe and Ito's palette, distinguishable with every common color blindness.
 _COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#E69F00", "#666666")
 
-_MAX_TICKS = 6
+_MIN_TICKS, _MAX_TICKS = 3, 6
 
 
 def color_of(fits: Fits, arm: str) -> str:
@@ -82,20 +82,15 @@ def log_axis(axes: Axes, which: str, label: str) -> None:
     _widen(axes, which)
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
-    low, high = sorted(getattr(axes, f"get_{which}lim")())
-    decades = np.log10(high / low) if low > 0 else 3
-    subs = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if decades < 0.5 else (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5)
-    axis.set_major_locator(LogLocator(subs=subs if decades < 3 else (1,)))
+    axis.set_major_locator(FixedLocator(_log_ticks(*sorted(getattr(axes, f"get_{which}lim")()))))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value < 1e5 else _short(value)))
-    axis.set_minor_formatter(NullFormatter())
     getattr(axes, f"set_{which}label")(label)
 
 
 def flops_axis(axes: Axes, label: str) -> None:
     """Makes a logarithmic x axis of FLOPs with ticks at 1, 3, 10 and so on."""
     log_axis(axes, "x", label)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, "FLOPs")))
 
 
@@ -122,6 +117,17 @@ def count_left_out(fits: Fits, arm: str | None = None) -> str:
 def note_left_out(axes: Axes, fits: Fits, arm: str | None = None) -> None:
     """Writes above the axes how many runs are left out."""
     axes.set_title(count_left_out(fits, arm), loc="right", color="#a33333", fontsize=8)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Returns three to seven ticks between the ends: multiples of powers of ten, or evenly spaced on a short axis."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks: list[float] = []
+    for multiples in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = [m * 10.0**decade for decade in decades for m in multiples if low <= m * 10.0**decade <= high]
+        if len(ticks) >= _MIN_TICKS:
+            return ticks
+    return [float(tick) for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
 
 
 def _widen(axes: Axes, which: str) -> None:

@@ -74,7 +74,8 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
                 "optimum",
                 "optimal size and number of images",
                 f"FLOPs of an image and images seen at the lowest loss of each budget, with {level} bands. Triangles: "
-                "the smallest or the largest size is the best, so the optimum is at most or at least there.",
+                "the smallest or the largest size is the best, so the optimum is at most or at least there. "
+                "Squares: one size only.",
                 _draw_optimum(fits),
                 [row for row in fits["profiles"] if not row["averaged"]],
             )
@@ -239,7 +240,7 @@ def _draw_open_optimum(axes: Axes, fits: Fits, row: Row, per_image: bool, color:
     sizes = [cell["flops_image"] for cell in cells]
     at_most = row["lowest_at"] <= np.sqrt(min(sizes) * max(sizes))
     value = row["lowest_at"] if per_image else row["compute"] / 3 / row["lowest_at"]
-    marker = "v" if at_most == per_image else "^"
+    marker = "s" if len(sizes) == 1 else "v" if at_most == per_image else "^"
     text = f"{name}, {format_flops(row['budget'])}: not bracketed"
     axes.plot(row["compute"], value, marker, color=color, markerfacecolor="white", gid=mark_gid(name, text))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pipeline.scaling.findings_table import make_table
 from pipeline.scaling.fits import Analysis
 from pipeline.scaling.formats import format_number, join_words, percent, signed
@@ -46,6 +48,7 @@ def describe(analysis: Analysis) -> str:
         return f"Nothing can be said: no run of {join_words(missing)} has finished."
     sentences = [
         _describe_compute(analysis),
+        _describe_seeds(analysis),
         _describe_trend(analysis),
         _describe_exponents(analysis),
         _describe_split(analysis),
@@ -85,26 +88,32 @@ def _describe_compute(analysis: Analysis) -> str:
     if average is None:
         why = multiplier.reason or "it is undefined in too many resamples"
         return f"How much compute {ours} and {base} need for the same loss is not known: {why}."
-    if average.value in (float("inf"), -float("inf")):
-        behind, ahead = (base, ours) if average.value > 0 else (ours, base)
+    if average.holds(1.0):
+        text = f"The compute that {ours} and {base} need for the same loss cannot be told apart"
+        return f"{text}{_details(f'{base} needs', average, f'that of {ours}')} ({level} interval)."
+    behind, ahead, ratio = (base, ours, average) if average.low > 1 else (ours, base, _inverse(average))
+    if np.isinf(ratio.value):
         return f"At none of its budgets does {behind} reach a loss that {ahead} has at any: no multiplier is defined."
-    if average.low > 1:
-        text = f"For the same loss, {base} needs {_times(average)} the compute of {ours}"
-    elif average.high < 1:
-        text = f"For the same loss, {ours} needs {_times(_inverse(average))} the compute of {base}"
-    else:
-        text = (
-            f"The compute that {ours} and {base} need for the same loss cannot be told apart: {base} needs "
-            f"{_times(average)} that of {ours}"
-        )
-    text += f" ({level} interval, average over all losses that both reach)."
+    text = (
+        f"For the same loss, {behind} needs {_times(ratio)} the compute of {ahead} ({level} interval, average over all "
+        "losses that both reach)."
+    )
     wider = multiplier.average_resampled
-    if wider and not average.holds(1.0) and wider.holds(1.0):
+    if wider and wider.holds(1.0):
+        interval = _range(wider if behind == base else _inverse(wider))
         text += (
-            f" If sizes and budgets are resampled too, the interval is {_range(wider)} and holds 1: this rests on the "
-            "sizes and budgets that were tried."
+            f" If sizes and budgets are resampled too, the interval is {interval} and holds 1: this rests on the sizes "
+            "and budgets that were tried."
         )
     return text
+
+
+def _describe_seeds(analysis: Analysis) -> str:
+    cells = [*analysis.compute_cells[analysis.baseline], *analysis.compute_cells[analysis.equivariant]]
+    single = sum(cell.num_seeds == 1 for cell in cells)
+    if not single:
+        return ""
+    return f"With one seed in {single} of their {len(cells)} cells, these intervals are narrower than they should be."
 
 
 def _describe_trend(analysis: Analysis) -> str:
@@ -156,20 +165,13 @@ def _describe_data(analysis: Analysis) -> str:
     if multiplier is None or multiplier.average is None:
         return ""
     average = multiplier.average
-    if abs(average.value) == float("inf"):
-        behind, ahead = (base, ours) if average.value > 0 else (ours, base)
+    if average.holds(1.0):
+        text = f"The unique images that {ours} and {base} need for the same loss, with the same compute, cannot be told"
+        return f"{text} apart{_details(f'{base} needs', average, f'those of {ours}')}."
+    behind, ahead, ratio = (base, ours, average) if average.low > 1 else (ours, base, _inverse(average))
+    if np.isinf(ratio.value):
         return f"With all of its images, {behind} does not reach the loss that {ahead} has with the fewest."
-    if average.low > 1:
-        return f"With the same compute, {base} needs {_times(average)} the unique images of {ours} for the same loss."
-    if average.high < 1:
-        return (
-            f"With the same compute, {ours} needs {_times(_inverse(average))} the unique images of {base} for the same "
-            "loss."
-        )
-    return (
-        f"The unique images that {ours} and {base} need for the same loss, with the same compute, cannot be told "
-        f"apart: {base} needs {_times(average)} those of {ours}."
-    )
+    return f"With the same compute, {behind} needs {_times(ratio)} the unique images of {ahead} for the same loss."
 
 
 def _describe_augmentation(analysis: Analysis) -> str:
@@ -245,12 +247,17 @@ def _times(multiplier: Estimate) -> str:
     return f"{format_estimate(multiplier, format_number)} times"
 
 
+def _details(before: str, multiplier: Estimate, after: str) -> str:
+    """Returns what follows `cannot be told apart`: nothing if no loss is reached by both."""
+    return "" if np.isinf(multiplier.value) else f": {before} {_times(multiplier)} {after}"
+
+
 def _range(estimate: Estimate) -> str:
     return format_estimate(estimate, format_number).partition(" (")[2].rstrip(")")
 
 
 def _inverse(multiplier: Estimate) -> Estimate:
     def invert(bound: float) -> float:
-        return 1 / bound if abs(bound) != float("inf") else -bound
+        return -bound if np.isinf(bound) else 1 / bound
 
     return Estimate(invert(multiplier.value), invert(multiplier.high), invert(multiplier.low))

@@ -47,7 +47,8 @@ def _row(analysis: Analysis, series: Series) -> list[dict[str, Any]]:
     profile = analysis.profiles[series][-1]
     loss = percentile_estimate(profile.log_loss[0], profile.log_loss[1:], confidence)
     flops = float(np.exp(profile.log_f_opt[0]))
-    sign = "" if profile.is_bracketed else "≤ " if profile.log_f_opt[0] <= profile.log_f[0] else "≥ "
+    is_exact = profile.is_bracketed or len(profile.log_f) == 1
+    sign = "" if is_exact else "≤ " if profile.log_f_opt[0] <= profile.log_f[0] else "≥ "
     multiplier = analysis.compute_multipliers.get(series)
     data = analysis.data_multipliers.get(series)
     surface = analysis.surfaces.get(series)

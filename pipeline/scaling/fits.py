@@ -177,7 +177,9 @@ def _data_multiplier(cells: Mapping[Series, list[Cell]], series: Series, base: S
     ours, theirs = ({cell.unique_images: cell for cell in cells.get(each, [])} for each in (series, base))
     common = sorted(ours.keys() & theirs.keys())
     if len(common) < 2:
-        return Multiplier(None, None, (), f"{len(common)} number{'s' * (len(common) != 1)} of images in common")
+        return Multiplier(
+            None, None, (), f"{len(common)} number{'s' * (len(common) != 1)} of unique images in common with {base}"
+        )
     log_n = np.log(common)
     losses, base_losses = (
         np.stack([np.concatenate([[np.log(found[n].loss)], np.log(found[n].draws)]) for n in common], axis=1)

@@ -122,6 +122,22 @@ def test_no_gap_has_no_share(analyzed):
     assert "There is no gap that x-flop could close" in make_findings(found)["paragraph"]
 
 
+def test_a_finding_that_rests_on_the_sizes_and_budgets_tried_says_so(analyzed):
+    """The interval over sizes and budgets is that of the same ratio as the first."""
+    found = analyzed(arms={"x": Arm(X), "e": Arm(cheaper(X, 1 / 1.07))}, seed_noise=0.001)
+    average, wider = found.compute_multipliers[OURS].average, found.compute_multipliers[OURS].average_resampled
+    assert average.high < 1 < wider.high and wider.low < average.low
+    assert f"For the same loss, e needs {1 / average.value:.3g} (" in describe(found)
+    assert f"the interval is {1 / wider.high:.3g} to {1 / wider.low:.3g} and holds 1" in describe(found)
+
+
+def test_curves_that_cross_by_chance_have_no_multiplier_of_data(analyzed):
+    """Two numbers of images, and losses that differ by less than the noise."""
+    found = analyzed(sizes=(3e6,), budgets=(3e12,), fractions=(1, 0.5), image_noise=1.0, run_noise=1.0, seeds=1)
+    assert found.data_multipliers[OURS].average.holds(1)
+    assert "with the same compute, cannot be told apart" in describe(found)
+
+
 def test_one_seed_has_no_own_interval_and_is_counted(analyzed):
     found = analyzed(seeds=1)
     assert all(cell.num_seeds == 1 for cell in found.compute_cells[BASE])
@@ -135,6 +151,7 @@ def test_one_seed_has_no_own_interval_and_is_counted(analyzed):
         (X._replace(A=45.0, B=65.0), "In short: e needs less compute than x for the same loss"),
         (X._replace(A=80.0, B=120.0), "In short: e needs more compute than x for the same loss"),
         (X._replace(A=10.0, B=10.0), "At none of its budgets does x reach a loss that e has at any"),
+        (X._replace(A=500.0, B=700.0), "At none of its budgets does e reach a loss that x has at any"),
     ],
 )
 def test_what_was_found_goes_by_intervals(analyzed, law, found):

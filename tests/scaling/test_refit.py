@@ -108,7 +108,11 @@ def test_runs_that_did_not_finish_are_as_if_they_were_not_there(full):
             "Nothing can be said: no run of e has finished.",
             {"loss_vs_compute", "isoflop", "optimum"},
         ),
-        (Plan(num_images=1, seed_noise=0.01), "In short: ", FIGURES - {"images"}),
+        (
+            Plan(num_images=1, seed_noise=0.01, sizes=(1e6, 3e6, 9e6), budgets=(1e12, 3e12)),
+            "In short: ",
+            FIGURES - {"images"},
+        ),
     ],
     ids=["no run", "one run an arm", "no equivariant run", "one validation image"],
 )
