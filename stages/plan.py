@@ -73,11 +73,11 @@ def _describe_study(experiment: Experiment) -> str:
     lines = [
         f"\nscaling: {len(trainings):,} trainings, {sum(training.compute for training in trainings):.3g} FLOPs, "
         f"{sum(training.images_seen for training in trainings):,} images",
-        f"A100-hours: {found.a100_hours:,.2g}" if found.a100_hours < 10 else f"A100-hours: {found.a100_hours:,.0f}",
+        f"A100-hours, {found.a100_hours:,.0f}: at the FLOPs per second of the paper's forward passes: expect more"
+        if found.hours is None
+        else f"hours on the CPU cores of this machine if nothing else runs, {found.hours:.2f}: from steps timed on one "
+        "core",
     ]
-    lines[-1] += ", at the FLOPs per second of the paper's forward passes: expect more"
-    if found.hours is not None:
-        lines.append(f"on the cores of this machine, without a GPU: {found.hours:.2g} hours if nothing else runs")
     lines += [f"left out: {reason}" for reason in left_out]
     return "\n".join(lines)
 
