@@ -133,7 +133,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _widen(axes: Axes, which: str) -> None:
     """Sets the limits of an axis on which all points are at one value, which a logarithmic axis cannot do itself."""
     low, high = getattr(axes.dataLim, f"interval{which}")
-    if high <= low * (1 + 1e-9):
+    if np.isfinite(low) and high <= low * (1 + 1e-9):
         getattr(axes, f"set_{which}lim")(low / 1.5, low * 1.5)
 
 

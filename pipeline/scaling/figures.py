@@ -75,7 +75,7 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
                 "optimal size and number of images",
                 f"FLOPs of an image and images seen at the lowest loss of each budget, with {level} bands. Triangles: "
                 "the smallest or the largest size is the best, so the optimum is at most or at least there. "
-                "Squares: one size only.",
+                "Squares: one size only. Bands end at the sizes tried.",
                 _draw_optimum(fits),
                 [row for row in fits["profiles"] if not row["averaged"]],
             )
@@ -104,7 +104,8 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
                 "multiplier",
                 "compute multiplier",
                 f"How many times the compute {fits['study']['baseline']} needs for the loss that the worse of the two "
-                f"reaches at a budget, with {level} bands; dotted where a side is open. Above 1 the arm is better.",
+                f"reaches at a budget, with {level} bands; dotted where a side is open. Above 1 the arm is better. Triangles: "
+                "the loss is not reached, so the multiplier is at least or at most there.",
                 _draw_multipliers(fits, rows),
                 rows,
             )
@@ -207,7 +208,7 @@ def _draw_optimum(fits: Fits) -> Figure:
         color = color_of(fits, found[0]["arm"])
         for axes, per_image in ((size_axes, True), (image_axes, False)):
             inside = [row for row in found if row["flops_image"] is not None]
-            points = [_optimum(row, per_image) for row in inside]
+            points = [_optimum(fits, row, per_image) for row in inside]
             x = [row["compute"] for row in inside]
             draw_band(axes, x, points, color)
             axes.plot(x, [point["value"] for point in points], "o-", color=color, linewidth=1.2, markersize=5)
@@ -225,19 +226,27 @@ def _draw_optimum(fits: Fits) -> Figure:
     return figure
 
 
-def _optimum(row: Row, per_image: bool) -> dict[str, float | None]:
-    """The optimal FLOPs of an image, or with C = 3 F D the images, whose bounds are the other way round."""
-    size = row["flops_image"]
+def _optimum(fits: Fits, row: Row, per_image: bool) -> dict[str, float]:
+    """The optimal FLOPs of an image, whose open sides end at the sizes tried; or with C = 3 F D the images."""
+    tried = _sizes_tried(fits, row)
+    size = dict(row["flops_image"])
+    size["low"], size["high"] = size["low"] or min(tried), size["high"] or max(tried)
     if per_image:
         return size
     third = row["compute"] / 3
-    low, high = size["high"], size["low"]
-    return {"value": third / size["value"], "low": low and third / low, "high": high and third / high}
+    return {"value": third / size["value"], "low": third / size["high"], "high": third / size["low"]}
+
+
+def _sizes_tried(fits: Fits, row: Row) -> list[float]:
+    return [
+        cell["flops_image"]
+        for cell in fits["cells"]
+        if (cell["series"], cell["budget"]) == (row["series"], row["budget"])
+    ]
 
 
 def _draw_open_optimum(axes: Axes, fits: Fits, row: Row, per_image: bool, color: str, name: str) -> None:
-    cells = [cell for cell in fits["cells"] if cell["series"] == name and cell["budget"] == row["budget"]]
-    sizes = [cell["flops_image"] for cell in cells]
+    sizes = _sizes_tried(fits, row)
     at_most = row["lowest_at"] <= np.sqrt(min(sizes) * max(sizes))
     value = row["lowest_at"] if per_image else row["compute"] / 3 / row["lowest_at"]
     marker = "s" if len(sizes) == 1 else "v" if at_most == per_image else "^"

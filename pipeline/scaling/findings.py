@@ -93,7 +93,10 @@ def _describe_compute(analysis: Analysis) -> str:
         return f"{text}{_details(f'{base} needs', average, f'that of {ours}')} ({level} interval)."
     behind, ahead, ratio = (base, ours, average) if average.low > 1 else (ours, base, _inverse(average))
     if np.isinf(ratio.value):
-        return f"At none of its budgets does {behind} reach a loss that {ahead} has at any: no multiplier is defined."
+        return (
+            f"At none of its budgets does {behind} reach a loss that {ahead} has at any: it needs "
+            f"{format_number(ratio.low)} times the compute or more ({level} interval)."
+        )
     text = (
         f"For the same loss, {behind} needs {_times(ratio)} the compute of {ahead} ({level} interval, average over all "
         "losses that both reach)."

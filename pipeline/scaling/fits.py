@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.scaling import multipliers
 from pipeline.scaling.gaps import Gap, gaps_over_budgets, gaps_over_images
@@ -23,6 +24,8 @@ from pipeline.scaling.surfaces import (
     fit_slope,
     fit_surface,
 )
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -160,15 +163,16 @@ def compute_multiplier(
     curves = _curves(paired)
     at_costs = multipliers.cost_ratio_at(*curves)
     costs = tuple(
-        (theirs.budget, _exp(percentile_estimate(at_costs[0, number], at_costs[1:, number], confidence)))
+        (theirs.budget, _ratio(at_costs[:, number], curves[0][number] - curves[0][0], confidence))
         for number, (_, theirs) in enumerate(paired)
         if number
     )
     average = multipliers.average_cost_ratio(*curves)
     over_cells = multipliers.average_cost_ratio(*_curves(_paired(resampled, series, base)))
+    spread = curves[0][-1] - curves[0][0]
     return Multiplier(
-        _exp(percentile_estimate(average[0], average[1:], confidence)),
-        _exp(percentile_estimate(average[0], over_cells[1:], confidence)),
+        _ratio(average, spread, confidence),
+        _ratio(np.concatenate([average[:1], over_cells[1:]]), spread, confidence),
         costs,
     )
 
@@ -188,11 +192,9 @@ def _data_multiplier(cells: Mapping[Series, list[Cell]], series: Series, base: S
     at_costs = multipliers.cost_ratio_at(log_n, losses, log_n, base_losses)
     average = multipliers.average_cost_ratio(log_n, losses, log_n, base_losses)
     costs = tuple(
-        (float(n), _exp(percentile_estimate(at_costs[0, k], at_costs[1:, k], confidence)))
-        for k, n in enumerate(common)
-        if k
+        (float(n), _ratio(at_costs[:, k], log_n[k] - log_n[0], confidence)) for k, n in enumerate(common) if k
     )
-    return Multiplier(_exp(percentile_estimate(average[0], average[1:], confidence)), None, costs)
+    return Multiplier(_ratio(average, log_n[-1] - log_n[0], confidence), None, costs)
 
 
 def _paired(profiles: Mapping[Series, list[Profile]], series: Series, base: Series) -> list[tuple[Profile, Profile]]:
@@ -211,9 +213,16 @@ def _curves(paired: Sequence[tuple[Profile, Profile]]) -> tuple[Any, Any, Any, A
     return found[0], found[1], found[2], found[3]
 
 
-def _exp(estimate: Estimate | None) -> Estimate | None:
-    """Returns a multiplier from its logarithm; one of 0 is open on that side."""
+def _ratio(draws: Array, spread: float, confidence: float) -> Estimate | None:
+    """Returns a ratio from the draws of its logarithm, the point estimate first.
+
+    An infinite draw is a ratio that is not reached: it is greater than that of the costs that were tried, whose
+    logarithm is `spread`. One of minus infinity is less than its inverse.
+    """
+    estimate = percentile_estimate(float(draws[0]), draws[1:], confidence)
     if estimate is None:
         return None
-    found = estimate.exp()
+    low = spread if estimate.low == np.inf else estimate.low
+    high = -spread if estimate.high == -np.inf else estimate.high
+    found = Estimate(estimate.value, low, high).exp()
     return Estimate(*(bound if bound > 0 else -np.inf for bound in found))

@@ -31,7 +31,8 @@ def rows(fits: Fits) -> list[dict[str, Any]]:
 def draw(fits: Fits) -> Figure:
     """Draws a column for the data study and one for the budgets, where they have gaps."""
     kinds = [kind for kind in _TITLES if any(gap["gap"] for gap in fits[kind])]
-    has_shares = any(share for kind in kinds for gap in fits[kind] for share in gap["closed"].values())
+    series = _series_rows(fits)
+    has_shares = len(series) > 1
     figure = Figure(figsize=(1.0 + 2.7 * max(len(kinds), 1), 5.0 if has_shares else 3.2), layout="constrained")
     grid = figure.subplots(1 + has_shares, max(len(kinds), 1), squeeze=False, sharey="row")
     for column, kind in enumerate(kinds):
@@ -49,7 +50,7 @@ def draw(fits: Fits) -> Figure:
         grid[1, 0].set_ylim(max(low, SHARES[0]), min(high, SHARES[1]))
         grid[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
     note_left_out(grid[0, -1], fits)
-    add_legend(figure, fits, _series_rows(fits, has_shares))
+    add_legend(figure, fits, series)
     return figure
 
 
@@ -72,7 +73,7 @@ def _draw_gaps(axes: Any, fits: Fits, kind: str) -> None:
 def _draw_shares(axes: Any, fits: Fits, kind: str) -> None:
     for level in (0, 1):
         axes.axhline(level, color="#888888", linewidth=1)
-    for row in _series_rows(fits, has_shares=True)[1:]:
+    for row in _series_rows(fits)[1:]:
         gaps = sorted((g for g in fits[kind] if g["closed"].get(row["series"])), key=lambda gap: gap["epochs"])
         shares = [gap["closed"][row["series"]] for gap in gaps]
         x, color = [gap["epochs"] for gap in gaps], color_of(fits, row["arm"])
@@ -89,12 +90,10 @@ def _draw_shares(axes: Any, fits: Fits, kind: str) -> None:
         )
 
 
-def _series_rows(fits: Fits, has_shares: bool) -> list[dict[str, Any]]:
+def _series_rows(fits: Fits) -> list[dict[str, Any]]:
     """The equivariant arm, then the series of which shares are drawn: augmentation, and what is averaged."""
     study = fits["study"]
     first = {"series": study["equivariant"], "arm": study["equivariant"], "averaged": False}
-    if not has_shares:
-        return [first]
     shown = {
         (row["series"], row["arm"], row["averaged"])
         for kind in _TITLES

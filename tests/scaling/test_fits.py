@@ -154,8 +154,14 @@ def test_one_seed_has_no_own_interval_and_is_counted(analyzed):
         (X, "In short: nothing was found that tells e and x apart."),
         (X._replace(A=45.0, B=65.0), "In short: e needs less compute than x for the same loss"),
         (X._replace(A=80.0, B=120.0), "In short: e needs more compute than x for the same loss"),
-        (X._replace(A=10.0, B=10.0), "At none of its budgets does x reach a loss that e has at any"),
-        (X._replace(A=500.0, B=700.0), "At none of its budgets does e reach a loss that x has at any"),
+        (
+            X._replace(A=10.0, B=10.0),
+            "At none of its budgets does x reach a loss that e has at any: it needs 100 times",
+        ),
+        (
+            X._replace(A=500.0, B=700.0),
+            "At none of its budgets does e reach a loss that x has at any: it needs 100 times",
+        ),
     ],
 )
 def test_what_was_found_goes_by_intervals(analyzed, law, found):

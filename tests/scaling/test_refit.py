@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.base.errors import ConfigError
@@ -87,6 +89,22 @@ def test_the_same_runs_give_the_same_files_to_the_last_digit(full, tmp_path):
     assert all((full / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
 
+@pytest.mark.slow
+def test_300_runs_of_10000_images_take_less_than_a_minute(tmp_path):
+    arms = {name: Arm(X._replace(B=90.0 - 3 * number)) for number, name in enumerate("xehmnw")}
+    noise: Any = {"seed_noise": 0.01, "image_noise": 1.0, "run_noise": 0.3}
+    budgets = np.geomspace(3e11, 3e13, 5)
+    plan = Plan(arms=arms, budgets=budgets, num_images=10_000, settings={"bootstrap": 1000}, **noise)
+    write_study(tmp_path, plan)
+    start = time.process_time()
+    refit(tmp_path)
+    assert time.process_time() - start < 60
+    assert (
+        sum(row["finished"] for row in json.loads((tmp_path / "fits.json").read_text())["study"]["runs"].values())
+        == 300
+    )
+
+
 def test_runs_that_did_not_finish_are_as_if_they_were_not_there(full):
     study = load_study(full)
     fits = to_json(analyze(replace(study, runs=tuple(run for run in study.runs if run.state == "finished"))))
@@ -113,8 +131,13 @@ def test_runs_that_did_not_finish_are_as_if_they_were_not_there(full):
             "In short: ",
             FIGURES - {"images"},
         ),
+        (
+            Plan(arms={"x": Arm(X), "e": Arm(X._replace(A=5.0, B=5.0))}, sizes=(1e6, 3e6), budgets=(1e12, 3e12)),
+            "At none of its budgets does x reach a loss that e has at any",
+            FIGURES - {"images"},
+        ),
     ],
-    ids=["no run", "one run an arm", "no equivariant run", "one validation image"],
+    ids=["no run", "one run an arm", "no equivariant run", "one validation image", "no loss in common"],
 )
 def test_too_few_runs_are_sentences(tmp_path, plan, sentence, figures):
     fits, findings, names = written(tmp_path, plan)
