@@ -63,7 +63,7 @@ def estimate_runs(experiment: Experiment, *, img_per_s: float | None = None) -> 
             paper's Table 1, which counts arithmetic only.
     Raises: ConfigError if the number of training images is not known.
     """
-    num_images, num_classes = _dataset_size(experiment)
+    num_images, num_classes = dataset_size(experiment)
     size = (3, experiment.data.image_size, experiment.data.image_size)
     paper_throughput = {(row.model, row.params_m): row.throughput_a100_im_s for row in flopeq.table1()}
     for name, run in experiment.models.items():
@@ -96,8 +96,11 @@ def _loader_img_per_s(recipe: Recipe) -> float:
     return LOADER_IMG_PER_S_WITH_POLICY if recipe.auto_augment or recipe.color_jitter else LOADER_IMG_PER_S
 
 
-def _dataset_size(experiment: Experiment) -> tuple[int, int]:
-    """Returns the numbers of training images and classes, from the shards if they exist, or else of ImageNet."""
+def dataset_size(experiment: Experiment) -> tuple[int, int]:
+    """Returns the numbers of training images and classes, from the shards if they exist, or else of ImageNet.
+
+    Raises: ConfigError if neither is known.
+    """
     manifest = experiment.data.shards / "manifest.json"
     if manifest.is_file():
         content = json.loads(manifest.read_text())

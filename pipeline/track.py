@@ -31,6 +31,7 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from pydantic import BaseModel
 
 from flopeq.registry import describe
 from pipeline.base.config import Experiment
@@ -211,13 +212,13 @@ def publish_report(run_id: str, card: Path, numbers: Mapping[str, float]) -> Non
         client.log_artifact(run_id, str(card))
 
 
-def start_sweep(experiment: Experiment, name: str, *, resume: str | None = None) -> str:
+def start_sweep(experiment: Experiment, title: str, settings: BaseModel, *, resume: str | None = None) -> str:
     """Starts an MLflow run for a sweep, with its settings, or reopens `resume`. Returns its id."""
     client = _client()
     if resume is not None and _reopen_run(client, resume):
         return resume
-    settings = _flatten(getattr(experiment.sweeps, name).model_dump(mode="json", exclude_none=True))
-    return _create_run(client, experiment, f"sweep_{name}", settings, {**_provenance_tags(), "sweep": name})
+    params = _flatten(settings.model_dump(mode="json", exclude_none=True))
+    return _create_run(client, experiment, title, params, {**_provenance_tags(), "sweep": title.removeprefix("sweep_")})
 
 
 def start_trial(

@@ -16,6 +16,7 @@ def run() -> None:
     from flopeq.models.build import ModelError
     from pipeline.evaluation import validation_sets
     from pipeline.evaluation.networks import build_network
+    from pipeline.scaling import grid
     from pipeline.sweeps import search_space, splits
     from pipeline.training import device_settings, recipe
 
@@ -41,6 +42,8 @@ def run() -> None:
         search_space.check_search_space(experiment)
         for name in experiment.sweeps.hybrid.runs:
             splits.splits_to_try(experiment, name)
+        if experiment.scaling is not None:
+            grid.check_study(experiment)
     except ConfigError as error:
         raise ConfigError(f"params.yaml: {error}") from None
 

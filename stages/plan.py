@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pipeline.base import config
 from pipeline.base.errors import ConfigError
 from stages import run_stage
+
+if TYPE_CHECKING:
+    from pipeline.base.config import Experiment
 
 
 def run(img_per_s: str | None = None) -> None:
@@ -75,6 +80,26 @@ def run(img_per_s: str | None = None) -> None:
             f"Bound by their input, so that an E or H may train no faster than its X: {', '.join(bound)}. They would "
             "take longer than their GPU-hours."
         )
+    if experiment.scaling is not None:
+        console.print(_describe_study(experiment))
+
+
+def _describe_study(experiment: Experiment) -> str:
+    """Returns what the scaling study would take."""
+    from pipeline.scaling import estimate
+
+    found = estimate.estimate_study(experiment)
+    trainings, left_out = found.plan.trainings, found.plan.left_out
+    lines = [
+        f"\nscaling: {len(trainings):,} trainings, {sum(training.compute for training in trainings):.3g} FLOPs, "
+        f"{sum(training.images_seen for training in trainings):,} images",
+        f"A100-hours, {found.a100_hours:,.0f}: at the FLOPs per second of the paper's forward passes: expect more"
+        if found.hours is None
+        else f"hours on the CPU cores of this machine if nothing else runs, {found.hours:.2f}: from steps timed on one "
+        "core",
+    ]
+    lines += [f"left out: {reason}" for reason in left_out]
+    return "\n".join(lines)
 
 
 def _positive(text: str) -> float:

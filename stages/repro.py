@@ -33,7 +33,7 @@ _DVC = (sys.executable, "-m", "dvc")
 
 LOCK = Path(".repro.lock")
 
-_BESIDE_RUNS = ("sweep_recipe", "sweep_hybrid", "paper_sizes")
+_BESIDE_RUNS = ("sweep_recipe", "sweep_hybrid", "scaling", "paper_sizes")
 """Stages that do not depend on the trained runs."""
 
 _SUMMARIES = ("complexity", "throughput", "report")

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from pipeline.base.errors import ConfigError, did_you_mean
+from pipeline.base.scaling_params import Scaling
 from pipeline.base.schema import (
     Data,
     NameStr,
@@ -25,6 +26,8 @@ from pipeline.base.schema import (
 )
 from pipeline.base.yaml_files import read_yaml
 
+_SET_BY_BUDGET = {"epochs", "warmup_epochs", "cooldown_epochs", "schedule_step"}
+
 
 class Experiment(Section):
     seed: int
@@ -39,6 +42,8 @@ class Experiment(Section):
     train: Train
     throughput: Throughput
     sweeps: Sweeps
+    scaling: Scaling | None
+    """The scaling study. None leaves it out."""
     tracking: Tracking
     storage: str
     """Folder or pyarrow URL for checkpoints, which are written to `<storage>/<run>/checkpoints`."""
@@ -199,7 +204,7 @@ def _find_inconsistencies(experiment: Experiment) -> list[str]:
             problems.append(f"sweeps.recipe.own_space.{name}: not one of sweeps.recipe.runs")
     if (sweeps.recipe.trials is None) != (sweeps.recipe.searcher == "grid"):
         problems.append("sweeps.recipe.trials: must be a number for optuna and random, and null for grid")
-    return problems
+    return problems + _find_scaling_problems(experiment)
 
 
 def _find_symmetrized_problems(experiment: Experiment) -> list[str]:
@@ -218,6 +223,34 @@ def _find_symmetrized_problems(experiment: Experiment) -> list[str]:
             problems.append(
                 f"symmetrized.{name}.weights_of: no run named {source!r}{did_you_mean(source, experiment.models)}"
             )
+    return problems
+
+
+def _find_scaling_problems(experiment: Experiment) -> list[str]:
+    """Returns one line per reference to an arm, size or recipe that does not exist, and per change to no recipe."""
+    scaling, problems = experiment.scaling, []
+    if scaling is None:
+        return problems
+    names: list[tuple[str, str, Mapping[str, Any], str]] = [
+        ("recipe", scaling.recipe, experiment.recipes, "recipe in `recipes`"),
+        ("baseline", scaling.baseline, scaling.arms, "arm"),
+        ("equivariant", scaling.equivariant, scaling.arms, "arm"),
+    ]
+    if scaling.augmented is not None:
+        names.append(("augmented", scaling.augmented, scaling.arms, "arm"))
+    if scaling.unique_images is not None:
+        names.append(("unique_images.size", scaling.unique_images.size, scaling.sizes, "size"))
+    for field, name, known, kind in names:
+        if name not in known:
+            problems.append(f"scaling.{field}: no {kind} named {name!r}{did_you_mean(name, known)}")
+    for name, arm in scaling.arms.items() if scaling.recipe in experiment.recipes else ():
+        problems += [
+            f"scaling.arms.{name}.recipe.{field}: a budget sets it" for field in _SET_BY_BUDGET & {*arm.recipe}
+        ]
+        try:
+            override_recipe(experiment.recipes[scaling.recipe], arm.recipe)
+        except ConfigError as error:
+            problems += [f"scaling.arms.{name}.recipe: {line}" for line in str(error).splitlines()]
     return problems
 
 

@@ -266,17 +266,9 @@ class ProxyParams(Section):
     """Number of classes, evenly spaced in the list of classes. None uses all classes."""
 
 
-class SweepParams(Section):
-    runs: tuple[str, ...]
-    """Names of the runs to sweep, which are keys of `models`."""
-    seeds: PositiveInt
-    """Number of seeds per configuration: the seed of the run and the ones that follow it. The hybrid sweep needs at
-    least 3 to tell splits apart."""
-    epochs: PositiveInt | None
-    """Number of epochs per trial, except in a confirmation. Warm-up and cooldown are shortened in proportion. None uses
-    the epochs of the recipe."""
-    proxy: ProxyParams | None
-    """A cheaper substitute for the data set that trials train on. None trains on the whole data set."""
+class TrialParams(Section):
+    """What the trials of a sweep or of the scaling study run on."""
+
     workers: PositiveInt
     """Number of workers per trial. Each reserves `cpus_per_worker` cores, one more core per loader process, and a GPU
     if `train.gpu` asks for one. A single worker runs in the process of the trial; several workers are a Ray Train
@@ -287,6 +279,19 @@ class SweepParams(Section):
     def cpus(self, train: Train) -> int:
         """Returns the number of CPU cores that a trial reserves, including those of its loader processes."""
         return self.workers * (self.cpus_per_worker + train.loader_workers)
+
+
+class SweepParams(TrialParams):
+    runs: tuple[str, ...]
+    """Names of the runs to sweep, which are keys of `models`."""
+    seeds: PositiveInt
+    """Number of seeds per configuration: the seed of the run and the ones that follow it. The hybrid sweep needs at
+    least 3 to tell splits apart."""
+    epochs: PositiveInt | None
+    """Number of epochs per trial, except in a confirmation. Warm-up and cooldown are shortened in proportion. None uses
+    the epochs of the recipe."""
+    proxy: ProxyParams | None
+    """A cheaper substitute for the data set that trials train on. None trains on the whole data set."""
 
 
 class RecipeSweepParams(SweepParams):

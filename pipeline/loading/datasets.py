@@ -1,7 +1,8 @@
-"""Map-style data sets of the images of a split, and of a subset of its classes."""
+"""Map-style data sets of the images of a split, of a subset of its classes, and of a stratified subset."""
 
 from __future__ import annotations
 
+import copy
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,6 +106,16 @@ class IndexedImages(Dataset):
         """Returns the keys of the images in the tars, `<split>/<class>/<name>`, for messages."""
         return [self._key[int(row)].as_py() for row in rows]
 
+    def select(self, rows: Tensor) -> IndexedImages:
+        """Returns a data set of the given rows, in the given order."""
+        selected, indices = copy.copy(self), rows.numpy()
+        selected.labels = self.labels[rows]
+        selected._key = self._key.take(pa.array(indices))
+        selected._shard, selected._offset, selected._size = (
+            column[indices] for column in (self._shard, self._offset, self._size)
+        )
+        return selected
+
     def _check_header(self, row: int, header: bytes) -> None:
         """Raises ShardError unless this is the tar header of the image of the row."""
         (key,), size = self.keys([row]), self._size[row]
@@ -134,16 +145,34 @@ def _name_matches_key(name: str, key: str) -> bool:
     )
 
 
-class ClassSubset(IndexedImages):
-    """The images of some classes, in the order of the index. Labels are indices into these classes."""
+def select_classes(images: IndexedImages, classes: Tensor) -> IndexedImages:
+    """Returns the images of some classes, in the order of the index. Labels are indices into these classes."""
+    selected = images.select(torch.isin(images.labels, classes).nonzero().flatten())
+    selected.labels = torch.searchsorted(classes, selected.labels)
+    return selected
 
-    def __init__(self, shards: Shards, split: str, classes: Tensor) -> None:
-        super().__init__(shards, split)
-        rows = torch.isin(self.labels, classes).nonzero().flatten()
-        self.labels = torch.searchsorted(classes, self.labels[rows])
-        selected = rows.numpy()
-        self._key = self._key.take(pa.array(selected))
-        self._shard, self._offset, self._size = self._shard[selected], self._offset[selected], self._size[selected]
+
+def stratified_rows(labels: Tensor, num_images: int, seed: int) -> Tensor:
+    """Returns the rows of a subset with the classes in their proportions, ascending, (num_images,) int64.
+
+    The images of each class are put in a random order, and the k-th of n gets the place (k - u) / n, with a random u in
+    [0, 1) for each class. The subset is the first `num_images` in the order of their places. So a smaller subset is
+    part of a larger one, and classes of equal size differ by at most one image.
+
+    Args:
+        labels: (N,) int64.
+    Raises: ValueError if there are fewer images.
+    """
+    if num_images > len(labels):
+        raise ValueError(f"there are {len(labels)} images, too few for a subset of {num_images}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    number_in_class = torch.arange(1, len(labels) + 1) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    offsets = torch.rand(len(counts), generator=generator, dtype=torch.float64).repeat_interleave(counts)
+    places = (number_in_class - offsets) / counts.repeat_interleave(counts)
+    return by_class[places.argsort(stable=True)[:num_images]].sort().values
 
 
 def load_splits(shards: Shards, num_classes: int | None) -> tuple[dict[str, IndexedImages], int]:
@@ -158,4 +187,4 @@ def load_splits(shards: Shards, num_classes: int | None) -> tuple[dict[str, Inde
     if num_classes > shards.num_classes:
         raise ConfigError(f"proxy.classes {num_classes}: the data set has {shards.num_classes}")
     classes = torch.arange(num_classes) * shards.num_classes // num_classes
-    return {split: ClassSubset(shards, split, classes) for split in ("train", "val")}, num_classes
+    return {split: select_classes(IndexedImages(shards, split), classes) for split in ("train", "val")}, num_classes

@@ -25,6 +25,7 @@ from pipeline.reporting.lead_figure import draw_lead_figure
 from pipeline.reporting.paper_sizes import load_measurements
 from pipeline.reporting.paper_sizes_section import make_section
 from pipeline.reporting.run_results import RunResult
+from pipeline.reporting.scaling_section import load_section
 from pipeline.reporting.table import (
     Table,
     build_table,
@@ -53,6 +54,7 @@ def write_report(
     results: Sequence[RunResult],
     reports: Path = Path("reports"),
     sweeps: Path = Path("sweeps"),
+    scaling: Path = Path("scaling"),
     outputs: Path = Path("outputs"),
     measured: Path = Path("results"),
     runs_url: str | None = None,
@@ -61,6 +63,7 @@ def write_report(
     """Writes everything into `reports`. Returns the table and the page's path.
 
     Args:
+        scaling: the folder of the scaling study.
         measured: the folder of committed measurements, of which the report shows those of GPUs.
         runs_url: address of all runs in MLflow.
         run_urls: address of each run in MLflow, by its MLflow id.
@@ -71,10 +74,12 @@ def write_report(
     measurements = load_measurements(reports, measured)
     paper_sizes = make_section(measurements)
     sections = sweep_sections.load_sections(sweeps)
+    scaling_study = load_section(scaling)
     for folder in ("figures", "cards"):
         (reports / folder).mkdir(parents=True, exist_ok=True)
     more_figures = [figure for section in sections for figure in section.figures]
     more_figures += [paper_sizes.figure] if paper_sizes else []
+    more_figures += scaling_study.figures if scaling_study else ()
     for figure in (lead_figure, *rendered_figures, *more_figures):
         (reports / "figures" / f"{figure.name}.png").write_bytes(figure.png)
         (reports / "figures" / f"{figure.name}.csv").write_text(figure.csv, encoding="utf-8")
@@ -92,6 +97,7 @@ def write_report(
         "notes": measurement_notes(experiment, results),
         "figures": rendered_figures,
         "sweeps": sections,
+        "scaling": scaling_study,
     }
     page = reports / "index.html"
     page.write_text(render_template("report.html", **content), encoding="utf-8")

@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from pipeline.base import locks
 from pipeline.base.schema import AshaParams
 from pipeline.sweeps import trial
 from pipeline.sweeps.reporter import SweepReporter
-from pipeline.sweeps.sweep import Sweep
-from pipeline.sweeps.trial import TrialDirectory, TrialOutcome, TrialSpec
+from pipeline.sweeps.trial import TrialDirectory, TrialGroup, TrialOutcome, TrialSpec
 from pipeline.training import report_log
 
 logger = logging.getLogger(__name__)
 
 TrialPlan = Generator[list[TrialSpec], list[TrialOutcome], None]
+
+OutcomeCallback = Callable[[TrialOutcome], Mapping[str, float | None]]
+"""Called with a trial that has ended. Returns further metrics for its MLflow run."""
 
 # For a trial that only waits for its workers: if it held a core, its workers could lack it and never start.
 _DRIVER_RESOURCES: dict[str, int | float] = {"CPU": 0, "node:__internal_head__": 0.001}
@@ -49,17 +51,19 @@ TUNE_ENV = {
 
 
 def run_sweep(
-    sweep: Sweep,
+    sweep: TrialGroup,
     plans: Mapping[str, TrialPlan],
     *,
     planned: Sequence[tuple[int, TrialSpec]],
     asha: AshaParams | None = None,
+    on_outcome: OutcomeCallback = lambda outcome: {},
 ) -> tuple[dict[str, list[TrialOutcome]], SweepReporter]:
     """Trains the trials of the plans. Returns each plan's outcomes, in the order of its trials, and the open reporter.
 
     Args:
         planned: maximum numbers of trials, each with a sample of these trials, for the progress display.
         asha: when to stop trials early; None: never.
+        on_outcome: called with every trial that has ended, also in an earlier process.
     Raises: before anything starts, ClusterError if the cluster is too small for a trial, and BusyError if another
         process runs this sweep.
     """
@@ -78,11 +82,11 @@ def run_sweep(
         "storage": f"{storage}/sweeps/{sweep.name}" if "://" in storage else str(trials_dir),
     }
     reporter = SweepReporter(sweep, planned, num_concurrent)
-    searcher = PlanSearcher(plans, shared_config, reporter, trials_dir)
+    searcher = PlanSearcher(plans, shared_config, reporter, trials_dir, on_outcome)
     trial_resources = worker_resources if workers == 1 else _DRIVER_RESOURCES
     os.environ.update({**TUNE_ENV, **os.environ})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns about files that we do not use
-    lock = locks.hold_lock(trials_dir / "lock", f"the sweep {sweep.name} in {Path.cwd()}")
+    lock = locks.hold_lock(trials_dir / "lock", f"{sweep.title} in {Path.cwd()}")
     (trials_dir / f"{trial.USED_TRIALS}.json").unlink(missing_ok=True)  # until the sweep has ended
     with lock, reporter, tempfile.TemporaryDirectory() as scratch, _sigterm_as_sigint():
         tune.Tuner(
@@ -139,6 +143,7 @@ class PlanSearcher(Searcher):
         shared_config: Mapping[str, Any],
         reporter: SweepReporter,
         trials_dir: Path,
+        on_outcome: OutcomeCallback = lambda outcome: {},
     ) -> None:
         super().__init__(metric=trial.METRIC, mode="max")
         self.outcomes: dict[str, list[TrialOutcome]] = {name: [] for name in plans}
@@ -148,6 +153,7 @@ class PlanSearcher(Searcher):
             reporter,
             trials_dir,
         )
+        self._on_outcome = on_outcome
         self._rounds: dict[str, list[TrialSpec]] = {}
         self._queue: list[TrialSpec] = []
         self._running: dict[str, TrialSpec] = {}  # by Tune's id
@@ -192,7 +198,7 @@ class PlanSearcher(Searcher):
             rows = tuple(folder.load_history())
             outcome = TrialOutcome(spec, state, rows, _train_seconds(spec, rows), message)
             self._finished[spec.fingerprint] = outcome
-            self._reporter.on_trial_complete(outcome)
+            self._reporter.on_trial_complete(outcome, self._on_outcome(outcome))
             self._finish_rounds()
 
     @property

@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from pipeline import track
-from pipeline.sweeps.trial import METRIC, TRIAL_STATES, TrialDirectory, TrialOutcome, TrialSpec
-
-if TYPE_CHECKING:
-    from pipeline.sweeps.sweep import Sweep
-
+from pipeline.sweeps.trial import METRIC, TRIAL_STATES, TrialDirectory, TrialGroup, TrialOutcome, TrialSpec
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +25,14 @@ _FLUSH_S = 10.0  # interval between a running trial's updates in MLflow
 class SweepReporter:
     """Reports the progress of a sweep. A resumed sweep continues its MLflow run."""
 
-    def __init__(self, sweep: Sweep, planned: Sequence[tuple[int, TrialSpec]], num_concurrent: int) -> None:
+    def __init__(self, sweep: TrialGroup, planned: Sequence[tuple[int, TrialSpec]], num_concurrent: int) -> None:
         self._sweep, self._num_concurrent = sweep, num_concurrent
         self._num_trials = sum(count for count, _ in planned)
-        self._remaining_epochs = sum(count * spec.epochs for count, spec in planned)
+        self._remaining_cost = sum(count * spec.epochs * spec.cost_per_epoch for count, spec in planned)
         self._states: Counter[str] = Counter()
         self._best: dict[str, tuple[float, str]] = {}
         self._started_at: dict[str, float] = {}  # trial's name -> start time
-        self._trained_epochs, self._trained_s = 0, 0.0  # of the trials that have ended
+        self._trained_cost, self._trained_s = 0.0, 0.0  # of the trials that have ended
         self._runs: dict[str, str] = {}  # fingerprint -> MLflow run
         self._pending: dict[str, list[dict[str, Any]]] = {}
         self._flushed: dict[str, float] = {}
@@ -45,7 +41,9 @@ class SweepReporter:
     def __enter__(self) -> SweepReporter:
         saved = self._sweep_directory.load("sweep")
         resume = saved.get("mlflow_run_id") if saved.get("status") == "running" else None
-        self.mlflow_run_id = track.start_sweep(self._sweep.experiment, self._sweep.name, resume=resume)
+        self.mlflow_run_id = track.start_sweep(
+            self._sweep.experiment, self._sweep.title, self._sweep.settings, resume=resume
+        )
         self._sweep_directory.save("sweep", {"mlflow_run_id": self.mlflow_run_id, "status": "running"})
         console = Console(stderr=True)
         if console.is_terminal:
@@ -92,17 +90,19 @@ class SweepReporter:
         if time.monotonic() - self._flushed[spec.fingerprint] > _FLUSH_S:
             self._flush(spec)
 
-    def on_trial_complete(self, outcome: TrialOutcome) -> None:
-        """A trial ended."""
+    def on_trial_complete(self, outcome: TrialOutcome, metrics: Mapping[str, float | None]) -> None:
+        """A trial ended. Its MLflow run gets these metrics, too."""
         spec = outcome.spec
         self._states[outcome.state] += 1
-        self._trained_s += time.monotonic() - self._started_at.pop(spec.name)
-        self._trained_epochs += len(outcome.rows)
-        self._remaining_epochs -= spec.epochs
+        elapsed_s = time.monotonic() - self._started_at.pop(spec.name)
+        if elapsed_s > outcome.seconds / 2:  # otherwise, an earlier sweep trained it
+            self._trained_s += elapsed_s
+            self._trained_cost += len(outcome.rows) * spec.cost_per_epoch
+        self._remaining_cost -= spec.epochs * spec.cost_per_epoch
         self._flush(spec)
         run_id = self._runs[spec.fingerprint]
         del self._pending[spec.fingerprint]
-        track.log_results(run_id, {"best/top1_pct": outcome.top1_pct, "cost/train_s": outcome.seconds})
+        track.log_results(run_id, {"best/top1_pct": outcome.top1_pct, "cost/train_s": outcome.seconds, **metrics})
         track.end_run(run_id, outcome.state)
         if not self._live:
             top1 = "no epoch" if outcome.top1_pct is None else f"top-1 {outcome.top1_pct:.2f} %"
@@ -134,9 +134,9 @@ class SweepReporter:
         self._best[spec.run_name] = max(self._best.get(spec.run_name, (top1_pct, spec.name)), (top1_pct, spec.name))
 
     def _eta_s(self) -> float | None:
-        if not self._trained_epochs:
+        if not self._trained_cost:
             return None
-        return self._trained_s / self._trained_epochs * self._remaining_epochs / self._num_concurrent
+        return self._trained_s / self._trained_cost * self._remaining_cost / self._num_concurrent
 
     def _summary(self) -> str:
         eta_s = self._eta_s()
@@ -150,7 +150,7 @@ class SweepReporter:
         eta_s = self._eta_s()
         counts = [f"{self._states[state]} {state}" for state in TRIAL_STATES if self._states[state]]
         table.add_row(
-            f"sweep_{self._sweep.name}",
+            self._sweep.title,
             ", ".join([f"{len(self._started_at)} running", *counts]),
             f"of at most {self._num_trials}",
             "" if eta_s is None else f"at most about {eta_s:.0f} s left",

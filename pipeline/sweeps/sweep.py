@@ -29,6 +29,7 @@ class Sweep:
 
     def __init__(self, experiment: Experiment, name: str, settings: RecipeSweepParams | HybridSweepParams) -> None:
         self.experiment, self.name, self.settings = experiment, name, settings
+        self.title = f"sweep_{name}"
         self.shards = manifests.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
         self.classes = settings.proxy and settings.proxy.classes
         self.images, self.num_classes = datasets.load_splits(self.shards, self.classes)
@@ -108,8 +109,8 @@ class Sweep:
                 else "; cost: unknown, as the paper has no throughput of these models"
             )
         logger.info(
-            "sweep_%s: at most %s, %s images of %d classes at %d pixels each%s",
-            self.name,
+            "%s: at most %s, %s images of %d classes at %d pixels each%s",
+            self.title,
             trials,
             f"{sample.images_per_epoch:,}",
             self.num_classes,

@@ -1,4 +1,4 @@
-"""One trial of a sweep: its specification, its directory, and the function that Ray Tune runs.
+"""One trial of a sweep or of the scaling study: its specification, its directory, and what Ray Tune runs.
 
 The fingerprint of a trial names its directory. Completed epochs are never trained again: a restarted trial first
 reports the epochs in its history file and then resumes from its checkpoint. A sweep therefore needs no state of its
@@ -15,11 +15,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pipeline.base.config import Experiment
-from pipeline.base.files import read_json, write_json
-from pipeline.base.schema import Train
+from pipeline.base.files import atomic_path, read_json, write_json
+from pipeline.base.schema import Train, TrialParams
+from pipeline.training.step_training import StepTraining
 
 State = Literal["finished", "stopped", "diverged", "failed"]
 
@@ -29,6 +30,9 @@ METRIC = "val/top1_pct"
 
 USED_TRIALS = "used"
 """Name of the file in a sweep's directory that lists the fingerprints of its trials, once the sweep has ended."""
+
+LOSSES_FILE = "losses.npz"
+"""Name of the file in a trial's directory with the loss of every validation image."""
 
 MAX_FAILURES = 2  # restarts of a trial after its process or a worker died
 
@@ -54,15 +58,25 @@ class TrialSpec:
     fingerprint: str
     is_confirmation: bool = False
     """Whether it confirms a result and is therefore never stopped early."""
+    step_training: StepTraining | None = None
+    """Length and images of a trial of the scaling study, which has one epoch."""
+    label: str | None = None
+    """Its name; None: made from run and index."""
+    cost: float | None = None
+    """What it takes, in any unit that is common to its sweep; None: its number of epochs."""
 
     @property
     def name(self) -> str:
         """Unique in the sweep."""
-        return f"{self.run_name}-{self.index:04d}"
+        return self.label or f"{self.run_name}-{self.index:04d}"
 
     @property
     def epochs(self) -> int:
         return self.experiment.recipe(self.run_name).epochs
+
+    @property
+    def cost_per_epoch(self) -> float:
+        return 1 if self.cost is None else self.cost / self.epochs
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,29 @@ class TrialOutcome:
     def top1_pct(self) -> float | None:
         """The best validation top-1 of its epochs; None for a trial without any."""
         return max((row[METRIC] for row in self.rows), default=None)
+
+
+class TrialGroup(Protocol):
+    """Trials that run together: a sweep or the scaling study."""
+
+    @property
+    def experiment(self) -> Experiment: ...
+
+    @property
+    def settings(self) -> TrialParams: ...
+
+    @property
+    def name(self) -> str:
+        """Name of the folder of its trials."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """Name of its stage and of its MLflow run."""
+        ...
+
+    @property
+    def trials_dir(self) -> Path: ...
 
 
 class TrialDirectory:
@@ -165,6 +202,7 @@ def run_trial(config: Mapping[str, Any]) -> None:
         f"{config['storage']}/{spec.fingerprint}/steps",
         str(folder.path / "stop"),
         spec.classes,
+        spec.step_training,
     )
     folder.path.mkdir(parents=True, exist_ok=True)
     try:
@@ -177,6 +215,8 @@ def run_trial(config: Mapping[str, Any]) -> None:
     for row in outcome["history"][len(folder.load_history()) :]:  # missing if killed between checkpoint and report
         folder.append_epoch(row)
         tune.report(row)
+    if "image_losses" in outcome:
+        _save_losses(folder.path / LOSSES_FILE, outcome["image_losses"])
     folder.save("outcome", {"state": outcome["status"], **{key: outcome[key] for key in ("message", "compiled")}})
     folder.cleanup()
 
@@ -237,6 +277,14 @@ def _train_with_ray_train(task: Any, folder: TrialDirectory, config: Mapping[str
     )
     assert outcome is not None  # rank 0 has returned; otherwise `fit` raises
     return outcome
+
+
+def _save_losses(path: Path, losses: Any) -> None:
+    import numpy as np
+
+    arrays = {name: array for name, array in vars(losses).items() if array is not None}
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def write_trials_csv(path: Path, outcomes: Mapping[str, Sequence[TrialOutcome]]) -> None:

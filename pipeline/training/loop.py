@@ -85,15 +85,27 @@ class TrainState:
     """One row per completed epoch."""
 
     @classmethod
-    def create(cls, model: nn.Module, recipe: Recipe, *, steps_per_epoch: int, amp: str | None) -> TrainState:
-        """Creates the state before the first epoch. The model must already be on its device."""
+    def create(
+        cls,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        steps_per_epoch: int,
+        amp: str | None,
+        warmup_steps: int | None = None,
+    ) -> TrainState:
+        """Creates the state before the first epoch. The model must already be on its device.
+
+        Args:
+            warmup_steps: as for `recipe.build_scheduler`.
+        """
         optimizer = recipes.build_optimizer(recipe, model)
         device = next(model.parameters()).device.type
         ema = recipes.build_ema(recipe, model)
         return cls(
             model,
             optimizer,
-            recipes.build_scheduler(recipe, optimizer, steps_per_epoch),
+            recipes.build_scheduler(recipe, optimizer, steps_per_epoch, warmup_steps),
             torch.amp.GradScaler(device, enabled=amp == "fp16"),
             ema,
             {name: BestWeights(-1, -math.inf, copy_weights(model)) for name in evaluated_names(recipe)},

@@ -95,14 +95,22 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def build_scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Scheduler:
-    """Builds timm's schedule over `epochs - cooldown_epochs`, then `min_lr`. The warm-up starts at the first step."""
+def build_scheduler(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int, warmup_steps: int | None = None
+) -> Scheduler:
+    """Builds timm's schedule over `epochs - cooldown_epochs`, then `min_lr`. The warm-up starts at the first step.
+
+    Args:
+        warmup_steps: number of steps of the warm-up, if the schedule is updated at every step; None: that of
+            `warmup_epochs`.
+    """
+    warmup_epochs = recipe.warmup_epochs if warmup_steps is None else warmup_steps / steps_per_epoch
     schedule, _ = create_scheduler_v2(
         optimizer,
         recipe.schedule,
         num_epochs=recipe.epochs - recipe.cooldown_epochs,
         cooldown_epochs=recipe.cooldown_epochs,
-        warmup_epochs=recipe.warmup_epochs,
+        warmup_epochs=warmup_epochs,  # type: ignore  # timm multiplies it by `updates_per_epoch`, so it may be a fraction
         warmup_lr=recipe.warmup_lr,
         min_lr=recipe.min_lr,
         step_on_epochs=recipe.schedule_step == "epoch",

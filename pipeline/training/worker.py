@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from pipeline.base.config import Experiment
 from pipeline.base.files import open_filesystem
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
-from pipeline.training import batch_size, device_settings, loop, recipe
+from pipeline.training import batch_size, device_settings, image_losses, loop, recipe
 from pipeline.training.checkpoints import CheckpointManager
 from pipeline.training.step_log import StepLog
+from pipeline.training.step_training import StepTraining
 
 _POLL_S = 1.0
 
@@ -44,6 +45,8 @@ class WorkerTask:
     """Number of classes of the data, which pipeline/loading/datasets.py chooses; None: all."""
     log_steps: bool = False
     """Whether rank 0 reports numbers of single steps, as `steps`, with each epoch and each checkpoint within one."""
+    step_training: StepTraining | None = None
+    """Length and images of a training of the scaling study; None: those of the recipe and of the data set."""
 
 
 class RayTrainContext:
@@ -74,13 +77,24 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
     images, num_classes = datasets.load_splits(shards, task.classes)
     model = recipe.build_model(experiment.run(task.run), recipe_, num_classes=num_classes, seed=seed)
     model = device_settings.apply_model_settings(model, settings)
-    steps_per_epoch = batching.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
+    by_steps = task.step_training
+    if by_steps is not None:
+        rows = datasets.stratified_rows(images["train"].labels, by_steps.unique_images, seed)
+        images["train"] = images["train"].select(rows)
+    steps_per_pass = batching.steps_per_epoch(len(images["train"]), recipe_.global_batch_size)
+    steps_per_epoch = steps_per_pass if by_steps is None else by_steps.steps
     amp = settings.amp if recipe_.mixed_precision else None
     compiled = settings.compile and can_compile(device)
     step = batch_size.TrialStep(recipe_, experiment.data.image_size, num_classes, device, amp, compiled, world_size)
     images_per_pass = _microbatch_size(task, model, step, rank)  # before the GPU has anything else
     model = model.to(device)
-    training = loop.TrainState.create(model, recipe_, steps_per_epoch=steps_per_epoch, amp=amp)
+    training = loop.TrainState.create(
+        model,
+        recipe_,
+        steps_per_epoch=steps_per_epoch,
+        amp=amp,
+        warmup_steps=None if by_steps is None else by_steps.warmup_steps,
+    )
     checkpoints = CheckpointManager(task.checkpoints, keep=settings.keep_checkpoints)
     latest = _broadcast_from_rank_0(checkpoints.latest() if rank == 0 else None, world_size)
     if latest is not None:
@@ -121,14 +135,21 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
         batching.BatchLoader(images, recipe_, experiment.data, **loader_args, **rank_args) as loader,
         _watch_stop_file(task.stop_file) if rank == 0 else nullcontext(lambda: False) as should_stop,
     ):
+
+        def train_batches(epoch: int, start_step: int) -> Iterable[batching.Batch]:
+            return loader.train_batches(seed=seed, epoch=epoch, start_step=start_step)
+
+        def val_batches() -> Iterable[batching.Batch]:
+            return loader.val_batches() if by_steps is None else by_steps.orient(loader.val_batches())
+
         try:
             loop.fit(
                 training,
                 recipe_,
-                train_batches=lambda epoch, start_step: loader.train_batches(
-                    seed=seed, epoch=epoch, start_step=start_step
-                ),
-                val_batches=loader.val_batches,
+                train_batches=train_batches
+                if by_steps is None
+                else lambda _, start_step: by_steps.iterate(train_batches, start_step, steps_per_pass),
+                val_batches=val_batches,
                 on_step=on_step_end,
                 on_epoch=on_epoch_end,
                 should_stop=should_stop,
@@ -147,6 +168,10 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
         except loop.TrainingStopped:
             status = "stopped"
             save(training)
+        losses = None
+        if by_steps is not None and status == "finished":
+            part = image_losses.measure_image_losses(model, val_batches(), average_over_flop=by_steps.average_over_flop)
+            losses = image_losses.concatenate(_gather(part, world_size))
     checkpoints.wait()
     return {
         "status": status,
@@ -154,6 +179,7 @@ def train_loop_per_worker(task: WorkerTask, context: Any = None) -> dict[str, An
         "history": training.history,
         "best_epoch": {name: best.epoch for name, best in training.best.items()},
         "compiled": compiled,
+        **({} if losses is None else {"image_losses": losses}),
     }
 
 
@@ -203,6 +229,15 @@ def _broadcast_from_rank_0(value: Any, world_size: int) -> Any:
     if world_size > 1:
         torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def _gather(value: Any, world_size: int) -> list[Any]:
+    """Returns the values of all ranks, in their order."""
+    values = [value]
+    if world_size > 1:
+        values = [None] * world_size
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _all_reduce(sums: torch.Tensor) -> torch.Tensor:

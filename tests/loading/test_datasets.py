@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Samp
 from pipeline.base.errors import ShardError
 from pipeline.loading import augment, batching
 from pipeline.loading.batching import Batch
-from pipeline.loading.datasets import IndexedImages
+from pipeline.loading.datasets import IndexedImages, stratified_rows
 from pipeline.shards.manifests import Shards
 from tests.loading.conftest import NUM_TRAIN, assert_same
 
@@ -199,3 +199,28 @@ def test_shards_at_a_url_give_the_same_pixels_in_loader_processes(
     remote = Shards(altered, cache_gib=cache_gib)
     assert_same(batches(Shards(folder), 0), batches(remote, 0))
     assert_same(batches(Shards(folder), 0), batches(remote, 2))
+
+
+def test_stratified_subsets_are_balanced_nested_and_made_by_their_seed():
+    labels = torch.arange(1000) % 10
+    subsets = [set(stratified_rows(labels, count, seed=3).tolist()) for count in (7, 50, 333, 1000)]
+    assert [len(subset) for subset in subsets] == [7, 50, 333, 1000]
+    assert subsets[0] < subsets[1] < subsets[2] < subsets[3]
+    for subset in subsets:
+        counts = labels[list(subset)].bincount(minlength=10)
+        assert counts.max() - counts.min() <= 1
+    rows = stratified_rows(labels, 50, seed=3)
+    assert torch.equal(rows, stratified_rows(labels, 50, seed=3)) and torch.equal(rows, rows.sort().values)
+    assert set(stratified_rows(labels, 50, seed=4).tolist()) != subsets[1]
+    rare = torch.cat([torch.zeros(900, dtype=torch.int64), torch.ones(100, dtype=torch.int64)])
+    assert rare[stratified_rows(rare, 100, seed=0)].sum() == pytest.approx(10, abs=1)
+    with pytest.raises(ValueError, match="1000 images, too few"):
+        stratified_rows(labels, 1001, seed=3)
+
+
+def test_selected_rows_are_those_images(folder):
+    images = IndexedImages(folder, "train")
+    selected = images.select(torch.tensor([5, 2]))
+    assert len(selected) == 2 and selected.keys([0, 1]) == images.keys([5, 2])
+    assert selected.labels.tolist() == images.labels[[5, 2]].tolist()
+    assert torch.equal(selected[1][0], images[2][0]) and len(images) == NUM_TRAIN

@@ -36,7 +36,7 @@ def test_torch_export_gives_the_same_logits_for_any_batch(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", [info.model for info in SIZES if info.variant in ("E", "H-C2xC2", "D4")])
+@pytest.mark.parametrize("name", NAMES)
 def test_onnx_gives_the_same_logits_for_any_batch(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

@@ -207,7 +207,7 @@ class DriverKilled(Exception):
 
 def run_with_engine(search: RecipeSearch, trials_dir: Path, train: Train, *, max_trained: int = 1000) -> list[str]:
     """Runs the plan as Tune does, with trials that leave their files. Returns the trials that were trained."""
-    reporter: Any = SimpleNamespace(on_trial_start=lambda spec: None, on_trial_complete=lambda outcome: None)
+    reporter: Any = SimpleNamespace(on_trial_start=lambda spec: None, on_trial_complete=lambda outcome, metrics: None)
     searcher = engine.PlanSearcher({"vit": search.plan_trials()}, {}, reporter, trials_dir)
     trained = []
     for number in range(1000):

@@ -20,8 +20,9 @@ STARTS_TRAININGS = ("pipeline/base/", "flopeq/registry.py", "flopeq/hardware.py"
 """Whose contents reach a training as parameters, or name a model or a machine."""
 
 NO_DEPENDENCIES = (
-    *(f"pipeline/base/{name}.py" for name in ("config", "errors", "files", "locks", "plotting", "progress", "schema",
-                                              "source_code", "tracking_uri", "yaml_files")),
+    *(f"pipeline/base/{name}.py" for name in ("config", "errors", "files", "locks", "plotting", "progress",
+                                              "scaling_params", "schema", "source_code", "tracking_uri",
+                                              "yaml_files")),
     "pipeline/shards", "pipeline/track.py", "pipeline/cluster.py", "stages/__init__.py", "stages/inputs.py",
     "stages/workspace.py", "flopeq/registry.py",
 )  # fmt: skip
@@ -70,7 +71,7 @@ def is_below(file: str, paths: tuple[str, ...]) -> bool:
     return any(file == path or file.startswith(path.rstrip("/") + "/") for path in paths)
 
 
-@pytest.mark.parametrize("stage", ["train", "sweep_recipe", "sweep_hybrid"])
+@pytest.mark.parametrize("stage", ["train", "sweep_recipe", "sweep_hybrid", "scaling"])
 def test_training_stages_depend_on_all_model_code(stage):
     made_by = imported_by(*(f"flopeq.models.{family}" for family in MODEL_FILES)) - NAMES_ONLY
     assert len(made_by) > 10
