@@ -104,8 +104,8 @@ def draw_figures(fits: Fits) -> list[RenderedFigure]:
                 "multiplier",
                 "compute multiplier",
                 f"How many times the compute {fits['study']['baseline']} needs for the loss that the worse of the two "
-                f"reaches at a budget, with {level} bands; dotted where a side is open. Above 1 the arm is better. Triangles: "
-                "the loss is not reached, so the multiplier is at least or at most there.",
+                f"reaches at a budget, with {level} bands; dotted where a side is open. Above 1 the arm is better. "
+                "Triangles: the loss is not reached, so the multiplier is at least or at most there.",
                 _draw_multipliers(fits, rows),
                 rows,
             )
