@@ -1,6 +1,6 @@
 """Tracking: one MLflow experiment per study, one MLflow run per trained model.
 
-This is the only file that imports mlflow. A run calls `start_run`, `log_epoch` per epoch, `log_results` and `end_run`.
+This is the only file that imports mlflow. A run calls `start_run`, `log_epochs`, `log_results` and `end_run`.
 Later stages log into the same run through its id in `outputs/<run>/run.json`. If the database was deleted meanwhile,
 logging only warns and the training continues.
 
@@ -144,13 +144,11 @@ def start_run(
     return _create_run(client, experiment, run_name, _flatten(experiment.resolved(run_name)), tags)
 
 
-def log_epoch(run_id: str, metrics: Mapping[str, float]) -> None:
-    """Logs one epoch's EPOCH_METRICS, and its EMA_METRICS if there is a moving average, at step `epoch`."""
-    log_epochs(run_id, [metrics])
-
-
 def log_epochs(run_id: str, history: Iterable[Mapping[str, float]]) -> None:
-    """Logs several epochs. Epochs that the run already has are not logged again."""
+    """Logs the EPOCH_METRICS of epochs, and their EMA_METRICS if there is a moving average, each at step `epoch`.
+
+    Epochs that the run already has are not logged again.
+    """
     history, client = list(history), _client()
     if not history:
         return
