@@ -14,6 +14,7 @@ and `mlartifacts/`. A process in another directory, such as a Ray worker, sets M
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import logging
@@ -352,6 +353,9 @@ def _provenance_tags() -> dict[str, str]:
     changes = _run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
     commit = _run_git("rev-parse", "HEAD") or "unknown"
     return {
+        "mlflow.user": _user_name(),
+        "mlflow.source.name": "flopeq",
+        "mlflow.source.type": "LOCAL",
         "git_commit": commit,
         "mlflow.source.git.commit": commit,  # the UI's column "Version"
         "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
@@ -359,6 +363,13 @@ def _provenance_tags() -> dict[str, str]:
         "versions.python": platform.python_version(),
         **{f"versions.{name}": _package_version(name) for name in ("torch", "timm", "ray", "flopeq")},
     }
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may have no name for its user
+        return "unknown"
 
 
 def _package_version(package: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import logging
@@ -94,6 +95,7 @@ def test_run_has_its_name_parameters_and_tags(client: MlflowClient, experiment: 
     assert tags["dvc_lock_sha256"] == hashlib.sha256(b"lock").hexdigest()
     assert (tags["device"], tags["seed"], tags["git_commit"]) == ("cuda", "0", "unknown")
     assert (tags["recipe"], tags["mlflow.source.git.commit"]) == ("digits", "unknown")
+    assert (tags["mlflow.user"], tags["mlflow.source.name"]) == (getpass.getuser(), "flopeq")
     assert tags["mlflow.note.content"].startswith("E(ViT-S) on digits, recipe digits, seed 0.")
     assert {f"versions.{name}" for name in ("torch", "timm", "ray", "flopeq")} <= tags.keys()
 
