@@ -1,6 +1,6 @@
 """Tracking: one MLflow experiment per study, one MLflow run per trained model.
 
-This is the only file that imports mlflow. A run calls `start_run`, `log_epoch` per epoch, `log_results` and `end_run`.
+This is the only file that imports mlflow. A run calls `start_run`, `log_epochs`, `log_results` and `end_run`.
 Later stages log into the same run through its id in `outputs/<run>/run.json`. If the database was deleted meanwhile,
 logging only warns and the training continues.
 
@@ -14,6 +14,7 @@ and `mlartifacts/`. A process in another directory, such as a Ray worker, sets M
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import logging
@@ -145,13 +146,11 @@ def start_run(
     return _create_run(client, experiment, run_name, _flatten(experiment.resolved(run_name)), tags)
 
 
-def log_epoch(run_id: str, metrics: Mapping[str, float]) -> None:
-    """Logs one epoch's EPOCH_METRICS, and its EMA_METRICS if there is a moving average, at step `epoch`."""
-    log_epochs(run_id, [metrics])
-
-
 def log_epochs(run_id: str, history: Iterable[Mapping[str, float]]) -> None:
-    """Logs several epochs. Epochs that the run already has are not logged again."""
+    """Logs the EPOCH_METRICS of epochs, and their EMA_METRICS if there is a moving average, each at step `epoch`.
+
+    Epochs that the run already has are not logged again.
+    """
     history, client = list(history), _client()
     if not history:
         return
@@ -356,6 +355,9 @@ def _provenance_tags() -> dict[str, str]:
     changes = _run_git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock")
     commit = _run_git("rev-parse", "HEAD") or "unknown"
     return {
+        "mlflow.user": _user_name(),
+        "mlflow.source.name": "flopeq",
+        "mlflow.source.type": "LOCAL",
         "git_commit": commit,
         "mlflow.source.git.commit": commit,  # the UI's column "Version"
         "git_dirty": "unknown" if changes is None else str(bool(changes)).lower(),
@@ -363,6 +365,13 @@ def _provenance_tags() -> dict[str, str]:
         "versions.python": platform.python_version(),
         **{f"versions.{name}": _package_version(name) for name in ("torch", "timm", "ray", "flopeq")},
     }
+
+
+def _user_name() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may have no name for its user
+        return "unknown"
 
 
 def _package_version(package: str) -> str:

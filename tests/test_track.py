@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import logging
@@ -94,6 +95,7 @@ def test_run_has_its_name_parameters_and_tags(client: MlflowClient, experiment: 
     assert tags["dvc_lock_sha256"] == hashlib.sha256(b"lock").hexdigest()
     assert (tags["device"], tags["seed"], tags["git_commit"]) == ("cuda", "0", "unknown")
     assert (tags["recipe"], tags["mlflow.source.git.commit"]) == ("digits", "unknown")
+    assert (tags["mlflow.user"], tags["mlflow.source.name"]) == (getpass.getuser(), "flopeq")
     assert tags["mlflow.note.content"].startswith("E(ViT-S) on digits, recipe digits, seed 0.")
     assert {f"versions.{name}" for name in ("torch", "timm", "ray", "flopeq")} <= tags.keys()
 
@@ -168,7 +170,7 @@ def test_the_report_gives_a_run_its_card_and_the_best_of_its_numbers(
     client: MlflowClient, experiment: config.Experiment, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_id = track.start_run(experiment, "vit")
-    track.log_epoch(run_id, EPOCH | {"epoch": 0})
+    track.log_epochs(run_id, [EPOCH | {"epoch": 0}])
     card = Path("vit.md")
     card.write_text("---\nlicense: apache-2.0\n---\n# vit\n")
     numbers = {"val/top1_pct": 98.0, "val/top1_low_pct": 96.1, "val/top1_high_pct": 99.0, "difference/to_x_pct": -0.5}
@@ -213,10 +215,10 @@ def test_an_epoch_is_logged_once_under_exactly_the_promised_names(
 ) -> None:
     run_id = track.start_run(experiment, "vit")
     for epoch in (0, 1, 2):
-        track.log_epoch(run_id, EPOCH | {"epoch": epoch, "val/loss": 1.0})
+        track.log_epochs(run_id, [EPOCH | {"epoch": epoch, "val/loss": 1.0}])
     assert track.start_run(experiment, "vit", resume=run_id) == run_id
     for epoch in (1, 2, 3):
-        track.log_epoch(run_id, EPOCH | {"epoch": epoch, "perf/img_per_s": 100.0, "val/ema_loss": 1.0})
+        track.log_epochs(run_id, [EPOCH | {"epoch": epoch, "perf/img_per_s": 100.0, "val/ema_loss": 1.0}])
     assert client.get_run(run_id).data.metrics.keys() == EPOCH.keys() == set(track.EPOCH_METRICS)
     for key in EPOCH:
         assert [metric.step for metric in client.get_metric_history(run_id, key)] == [0, 1, 2, 3]
@@ -225,7 +227,7 @@ def test_an_epoch_is_logged_once_under_exactly_the_promised_names(
 def test_the_average_is_logged_beside_the_weights(client: MlflowClient, experiment: config.Experiment) -> None:
     run_id = track.start_run(experiment, "vit")
     average = {"val/ema_loss": 0.2, "val/ema_top1_pct": 91.0, "val/ema_top5_pct": 99.0}
-    track.log_epoch(run_id, EPOCH | average | {"epoch": 0})
+    track.log_epochs(run_id, [EPOCH | average | {"epoch": 0}])
     found = client.get_run(run_id).data.metrics
     assert {key: found[key] for key in found.keys() - EPOCH.keys()} == {
         "val/ema_top1_pct": 91.0,
@@ -281,7 +283,7 @@ def test_a_deleted_database_is_a_warning(
 ) -> None:
     gone = "0123456789abcdef" * 2
     with caplog.at_level(logging.WARNING, logger="pipeline.track"):
-        track.log_epoch(gone, EPOCH | {"epoch": 0})
+        track.log_epochs(gone, [EPOCH | {"epoch": 0}])
         track.log_results(gone, {"complexity/params_m": 1.0})
         track.end_run(gone, "finished")
         track.log_results(track.find_run_id("never-trained"), {"complexity/params_m": 1.0})

@@ -164,10 +164,11 @@ class Train(Section):
     gpu: Literal["auto"] | bool
     """Whether each worker uses a GPU. `auto` uses GPUs if the cluster has any."""
     loader_workers: Annotated[int, Field(ge=0)]
-    """Number of processes per worker that decode images. 0 decodes in the worker itself."""
+    """Number of processes per worker that decode images, for training and validation. They live as long as the
+    training. 0 decodes in the worker itself."""
     batch_per_worker: Literal["auto"] | PositiveInt
     """Number of images per forward pass. If a worker's share of the global batch is larger, it accumulates gradients.
-    `auto` uses as many images as fit on the GPU, or the whole share on a CPU."""
+    `auto` uses as many images as fit on the GPU, which a restarted training remembers, or the whole share on a CPU."""
     checkpoint_steps: PositiveInt | None
     """Number of optimizer steps between checkpoints within an epoch. None saves only at the end of an epoch."""
     amp: Literal["bf16", "fp16", None]
