@@ -90,6 +90,7 @@ def checkout(folder: Path, **settings) -> Path:
     params = params_with_runs("vit", "e-vit")
     params["recipes"]["digits"] |= {"epochs": 2, "warmup_epochs": 1, "global_batch_size": 256}
     params["train"] |= settings
+    params["throughput"] |= {"compile": False, "paper_sizes": False, "runs": 3}
     (folder / "params.yaml").write_text(dump_yaml(params))
     return folder
 

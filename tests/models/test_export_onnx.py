@@ -36,7 +36,7 @@ def test_torch_export_gives_the_same_logits_for_any_batch(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("flophybrid_", "hybrid"))])
 def test_onnx_gives_the_same_logits_for_any_batch(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

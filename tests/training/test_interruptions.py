@@ -157,21 +157,6 @@ def reference_run(cluster: Cluster, template: Path, tmp_path_factory: pytest.Tem
 # Killed, stopped, damaged
 
 
-def test_a_killed_worker_of_three_resumes_to_the_same_weights(cluster, reference_run, place, caplog):
-    caplog.set_level(logging.INFO, "pipeline")
-    wait, expected = pause_settings("kill a worker of 3", workers=3), reference_run(3)
-    second(cluster, 2)
-    prepare_trial(workers=3, **wait)
-    with interrupted(kill):
-        trainer.train_run(config.load_experiment(), "vit")
-    assert_identical(outputs(), expected)
-    [step] = resumed(caplog.text)
-    assert 0 < step <= wait["step"] < step + 2 * EVERY
-    assert "vit lost workers" in caplog.text and caplog.text.count("\n") < 15
-    assert_one_whole_mlflow_run()
-    assert_nothing_left()
-
-
 def test_a_killed_driver_leaves_nothing_behind_and_its_training_goes_on(cluster, reference_run, place, caplog):
     caplog.set_level(logging.INFO, "pipeline")
     wait, expected = pause_settings("kill the driver"), reference_run(1)
@@ -260,10 +245,13 @@ def test_a_training_asked_to_stop_leaves_a_checkpoint_of_its_very_step(cluster, 
     assert_nothing_left()
 
 
-def test_a_killed_worker_resumes_from_the_checkpoint_before_a_truncated_one(cluster, reference_run, place, caplog):
+def test_a_killed_worker_of_three_resumes_from_the_checkpoint_before_a_truncated_one(
+    cluster, reference_run, place, caplog
+):
     caplog.set_level(logging.INFO, "pipeline")
-    wait, expected = pause_settings("cut", least=2 * EVERY + 2), reference_run(1)
-    prepare_trial(**wait)
+    wait, expected = pause_settings("cut", workers=3, least=2 * EVERY + 2), reference_run(3)
+    second(cluster, 2)
+    prepare_trial(workers=3, **wait)
     there = []
 
     def cut(process: int) -> None:
@@ -277,7 +265,7 @@ def test_a_killed_worker_resumes_from_the_checkpoint_before_a_truncated_one(clus
         trainer.train_run(config.load_experiment(), "vit")
     assert resumed(caplog.text) == there[:1]
     assert f"checkpoint step-{there[1]:08d} is skipped: state.pt has" in caplog.text
-    assert "vit lost workers" in caplog.text
+    assert "vit lost workers" in caplog.text and caplog.text.count("\n") < 16
     assert_identical(outputs(), expected)
     assert_one_whole_mlflow_run()
     assert_nothing_left()
