@@ -11,13 +11,10 @@ from typing import Any
 import timm
 import torch
 
-from flopeq.groups import C2, C2XC2, D4, TRIVIAL, Group
 from flopeq.measure.comparison import flopeq_version
 from flopeq.measure.paper import strip_size, table1
-from flopeq.models.build import build
 from flopeq.models.variants import baseline_name
 from flopeq.registry import ModelInfo, describe
-from flopeq.testing import logit_group
 
 Formatter = Callable[[float], str]
 
@@ -29,6 +26,14 @@ BIBTEX = """@inproceedings{bokman2025flopping,
 }"""
 
 FAMILIES = {"vit": "vision transformer (DeiT III)", "resmlp": "ResMLP", "convnext_iso": "isotropic ConvNeXt"}
+
+_COPIES = {
+    "E": "its mirror image",
+    "C2xC2": "its mirrored copies",
+    "D4": "its mirrored or turned copies",
+    "graded": "its copies under the group of its last block",
+}
+"""What the logits do not distinguish from an image, by variant."""
 
 FLOAT64_ERROR = "equivariance/float64_error"
 """Prefix of the metrics of `flopeq.hub.export.measure_equivariance_errors`; a symmetry's name follows."""
@@ -114,7 +119,7 @@ def render_card(
         "## Use",
         _usage_section(run_folder, symmetrize),
         "## Intended use",
-        _intended_use_section(_find_logit_group(name, args), run, symmetrize),
+        _intended_use_section(name, args, run, symmetrize),
         "## Source and licence",
         _license_section(license),
         f"```bibtex\n{BIBTEX}\n```",
@@ -274,23 +279,19 @@ def _usage_section(run_folder: Path | None, symmetrize: Mapping[str, str] | None
     )
 
 
-def _find_logit_group(name: str, args: Mapping[str, Any]) -> Group:
-    info = describe(name)
-    return TRIVIAL if info is None or info.variant == "X" else logit_group(build(name, device="meta", **args))
-
-
-def _intended_use_section(invariance: Group, run: TrainedRun | None, symmetrize: Mapping[str, str] | None) -> str:
+def _intended_use_section(
+    name: str, args: Mapping[str, Any], run: TrainedRun | None, symmetrize: Mapping[str, str] | None
+) -> str:
     classes = f"the classes of {run.config['data']['name']}" if run else "the classes it is trained on"
     validated = " It was validated only on the images named here." if run else ""
-    copies = ""
+    info = describe(name, args)
+    copies = _COPIES.get("D4" if args.get("octic_vits") == "invariant" else info.variant) if info else None
     if symmetrize:
         copies = f"what the group `{symmetrize['group']}` makes of it"
-    elif invariance is not TRIVIAL:
-        copies = {C2: "its mirror image", C2XC2: "its mirrored copies", D4: "its mirrored or turned copies"}[invariance]
-    mirrored = copies and (
+    mirrored = "" if copies is None else (
         f" It cannot tell an image from {copies}: do not use it where that matters (text, signs, left and right "
         "organs)."
-    )
+    )  # fmt: skip
     return (
         f"Meant for research on image classification: to classify images into {classes}, to be compared with networks "
         "that treat mirroring differently, to be fine-tuned, or as a backbone (`forward_features`, "

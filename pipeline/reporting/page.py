@@ -17,7 +17,6 @@ from flopeq.groups import C2
 from flopeq.hub.model_card import TrainedRun, render_card
 from flopeq.registry import describe
 from pipeline.base.config import Experiment
-from pipeline.evaluation.evaluate import BATCH_SIZE
 from pipeline.evaluation.statistics import NUM_DRAWS
 from pipeline.reporting import figures, sweep_sections
 from pipeline.reporting.lead import lead_sentences
@@ -198,7 +197,7 @@ def measurement_notes(experiment: Experiment, results: Sequence[RunResult]) -> l
         "element-wise operations count too; MACs count multiply-adds only.",
         "Flop agreement: validation images with the same top-1 class as their mirror image. Equivariance error: "
         "the largest relative change of the logits under mirroring, and of networks for larger groups also under the "
-        f"other symmetries of their group, on the first {BATCH_SIZE} images.",
+        "other symmetries of their group, on the first batch of images.",
         f"Throughput: forward passes without gradients, {'; '.join(sorted(settings)) or 'not measured'}; the "
         f"median of {experiment.throughput.runs} passes after {experiment.throughput.warmup} warm-up passes, "
         "alternating between the models. Small figures below are the quartiles of the passes.",

@@ -18,9 +18,9 @@ NAMES = [
 """Names of models, or of cases of `GROUP_CASES`."""
 
 
-def network(name):
+def network(name, **args):
     """A small float32 model with logits of ordinary size."""
-    return (small_group_model if name in GROUP_CASES else small_model)(name, (32, 32)).float()
+    return (small_group_model if name in GROUP_CASES else small_model)(name, (32, 32), **args).float()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,11 +36,12 @@ def test_torch_export_gives_the_same_logits_for_any_batch(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(("flophybrid_", "hybrid"))])
 def test_onnx_gives_the_same_logits_for_any_batch(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    model = network(name)
+    one_block = {"num_blocks" if "resmlp" in name else "depth": 1}
+    model = network(name, **({} if name.startswith("graded") else one_block))
     path = tmp_path / "model.onnx"
     torch.onnx.export(
         model, (torch.randn(3, 3, 32, 32),), path, dynamo=True, verbose=False, input_names=["images"],

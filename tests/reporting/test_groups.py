@@ -74,6 +74,6 @@ def test_cards_and_figures_take_networks_for_larger_groups(study: Experiment, tm
     results = list(load_results(tmp_path, study).values())
     page.write_report(study, results, tmp_path / "reports", tmp_path / "sweeps", tmp_path / "outputs")
     card = (tmp_path / "reports/cards/graded-vit.md").read_text()
-    assert "# graded-vit: d4:1,c2:2(ViT)" in card and "It cannot tell an image from its mirror image" in card
+    assert "# graded-vit: d4:1,c2:2(ViT)" in card and "It cannot tell an image from its copies under the group" in card
     assert "mirrored or turned copies: do not use it" in (tmp_path / "reports/cards/octic-vit.md").read_text()
     assert "D4(X), octic" in (tmp_path / "reports/index.html").read_text()
