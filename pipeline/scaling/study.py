@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ def run_study(experiment: Experiment) -> None:
     Raises: ConfigError, ShardError, ClusterError: for invalid parameters, data or cluster.
     """
     if experiment.scaling is None:
+        shutil.rmtree(OUTPUT_DIR, ignore_errors=True)
         write_json(OUTPUT_DIR / "study.json", {})
         return
     study = ScalingStudy(experiment)
