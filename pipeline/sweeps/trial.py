@@ -202,7 +202,7 @@ def run_trial(config: Mapping[str, Any]) -> None:
         f"{config['storage']}/{spec.fingerprint}/steps",
         str(folder.path / "stop"),
         spec.classes,
-        spec.step_training,
+        step_training=spec.step_training,
     )
     folder.path.mkdir(parents=True, exist_ok=True)
     try:

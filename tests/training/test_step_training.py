@@ -154,7 +154,7 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Experi
 def test_a_killed_worker_resumes_to_the_same_losses_on_a_subset(experiment, monkeypatch):
     def run(checkpoints: str, **changes) -> dict:
         training = StepTraining(**{"steps": 5, "warmup_steps": 1, "unique_images": 150, **changes})
-        task = worker.WorkerTask(experiment, "e-vit", ".", checkpoints, "stop", None, training)
+        task = worker.WorkerTask(experiment, "e-vit", ".", checkpoints, "stop", step_training=training)
         return worker.train_loop_per_worker(task, Context())
 
     reference = run("reference")
