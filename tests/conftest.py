@@ -51,12 +51,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def params_with_runs(*run_names: str) -> dict[str, Any]:
-    """The experiment with these runs and no sweep."""
+    """The experiment with these runs, no sweep and no scaling study."""
     from pipeline.base.yaml_files import read_yaml
 
     params = read_yaml(ROOT / "params.yaml")
     params["models"] = {name: run for name, run in params["models"].items() if name in run_names}
     params["sweeps"]["recipe"] |= {"runs": [], "own_space": {}}
+    params["scaling"] = None
     params["sweeps"] |= {"hybrid": {**params["sweeps"]["hybrid"], "runs": []}, "tuned": {}}
     return params
 

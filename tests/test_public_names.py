@@ -36,7 +36,7 @@ X = (
 )  # fmt: skip
 STAGES = {
     "prepare", "shard", "recipe", "tuned", "train", "evaluate", "complexity", "throughput",
-    "paper_sizes", "sweep_recipe", "sweep_hybrid", "report",
+    "paper_sizes", "sweep_recipe", "sweep_hybrid", "scaling", "report",
 }  # fmt: skip
 
 

@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flopeq.registry import describe
 from pipeline.base.config import Experiment
-from pipeline.base.files import write_json
+from pipeline.base.files import read_json, write_json
 from pipeline.loading import datasets
 from pipeline.scaling import analysis, grid, rows
 from pipeline.scaling.grid import Training
@@ -130,6 +132,7 @@ def run_study(experiment: Experiment) -> None:
     Raises: ConfigError, ShardError, ClusterError: for invalid parameters, data or cluster.
     """
     if experiment.scaling is None:
+        shutil.rmtree(OUTPUT_DIR, ignore_errors=True)
         write_json(OUTPUT_DIR / "study.json", {})
         return
     study = ScalingStudy(experiment)
@@ -157,7 +160,8 @@ def run_study(experiment: Experiment) -> None:
     rows.write_losses(OUTPUT_DIR, {name: rows.read_losses(by_name[name], study.trials_dir) for name in trainings})
     analysis.refit(OUTPUT_DIR)
     files = sorted(path for path in OUTPUT_DIR.rglob("*") if path.is_file())
-    reporter.finish({"cost/train_s": sum(outcome.seconds for outcome in by_name.values())}, files)
+    train_s = sum(outcome.seconds for outcome in by_name.values())
+    reporter.finish({**_multipliers(read_json(OUTPUT_DIR / "fits.json", {})), "cost/train_s": train_s}, files)
 
 
 def _single_round(specs: list[TrialSpec]) -> engine.TrialPlan:
@@ -173,6 +177,16 @@ def _is_ordinary(model: str) -> bool:
 def _cost(training: Training) -> float:
     """Returns an estimate of the time of a training, in any unit."""
     return training.images_seen * (training.flops_image + _IMAGE_FLOPS)
+
+
+def _multipliers(fits: Mapping[str, Any]) -> dict[str, float | None]:
+    """Returns the average multipliers and their intervals as metrics of the study's MLflow run."""
+    metrics = {}
+    for kind in ("compute", "data"):
+        for series, found in fits[f"{kind}_multipliers"].items():
+            for bound, value in (found["average"] or {}).items():
+                metrics[f"{kind}_multiplier/{series.replace(', ', '-')}/{bound}"] = value  # MLflow takes no comma
+    return metrics
 
 
 def _metrics(row: rows.Row) -> dict[str, float | None]:

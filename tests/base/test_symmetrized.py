@@ -65,6 +65,6 @@ def test_a_file_without_the_section_is_told_so(tmp_path):
 
 def test_no_training_depends_on_symmetrized_runs():
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
-    for name in ("recipe", "tuned", "train", "evaluate", "sweep_recipe", "sweep_hybrid"):
+    for name in ("recipe", "tuned", "train", "evaluate", "sweep_recipe", "sweep_hybrid", "scaling"):
         described = stages[name].get("do", stages[name])
         assert "symmetriz" not in dump_yaml(described), name

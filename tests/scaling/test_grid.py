@@ -141,6 +141,7 @@ def test_arms_cost_what_their_networks_cost(load):
     assert counted["x", "w32"].flops == 865_071 and counted["e", "w32"].flops == 592_305
 
 
+@pytest.mark.slow
 def test_the_full_study_takes_about_3000_a100_hours():
     experiment = config.load_experiment(ROOT / "presets/imagenet.yaml")
     found = estimate.estimate_study(experiment)

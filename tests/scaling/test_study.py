@@ -13,20 +13,20 @@ from mlflow import MlflowClient
 from pipeline import track
 from pipeline.base import config
 from pipeline.base.errors import ConfigError
-from pipeline.base.yaml_files import dump_yaml
+from pipeline.base.yaml_files import dump_yaml, read_yaml
 from pipeline.packing import pack
 from pipeline.packing.sources import digits
 from stages import scaling
-from tests.conftest import params_with_runs, ray_cluster
+from tests.conftest import ray_cluster
 
 X, E = "deit3_small_patch16_224", "flop_deit3_small_patch16_224"
 
 
 @pytest.fixture
-def study_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def study_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the digits and a study of three arms in two sizes, one of which diverges."""
     monkeypatch.chdir(tmp_path)
-    params = params_with_runs("vit")
+    params = read_yaml(root / "params.yaml")
     params["scaling"] |= {
         "arms": {
             "x": {"model": X},

@@ -37,6 +37,7 @@ stages:
   recipe: {foreach: "${recipes}", do: {cmd: "echo recipe >> log", deps: [train.py]}}
   sweep_recipe: {cmd: echo sweep_recipe >> log, deps: [train.py]}
   sweep_hybrid: {cmd: echo sweep_hybrid >> log, deps: [train.py]}
+  scaling: {cmd: echo scaling >> log, deps: [train.py]}
   paper_sizes: {cmd: echo paper_sizes >> log, deps: [train.py]}
   train:
     foreach: ${models}

@@ -27,7 +27,7 @@ from stages import preset, repro
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LONG_STAGES = ["check", "train", "train_all", "sweep_recipe", "sweep_hybrid"]
+LONG_STAGES = ["check", "train", "train_all", "sweep_recipe", "sweep_hybrid", "scaling"]
 
 TRACKING_STAGES = ["evaluate", "throughput", "complexity", "report", "ui"]
 
