@@ -74,6 +74,8 @@ def _in_short(analysis: Analysis) -> str:
     if analysis.slope_difference and not analysis.slope_difference.holds(0.0):
         steeper, other = (ours, base) if analysis.slope_difference.low > 0 else (base, ours)
         found.append(f"the loss of {steeper} falls faster with compute than that of {other}")
+    if analysis.exponents.are_separate:
+        found.append("the exponents of their surfaces differ")
     if analysis.optimal_size_difference and not analysis.optimal_size_difference.holds(0.0):
         found.append("the optimal split of compute into size and images differs")
     if not found:
@@ -123,9 +125,9 @@ def _describe_trend(analysis: Analysis) -> str:
     difference, ours, base = analysis.slope_difference, analysis.equivariant, analysis.baseline
     if difference is None:
         return ""
-    slopes = [f"{analysis.slopes[series].estimates['slope'].value:.3f}" for series in (base, ours)]
+    powers = [f"{-analysis.slopes[series].estimates['slope'].value:.3f}" for series in (base, ours)]
     text = (
-        f"Over the budgets, the loss falls as compute to the power of -{slopes[0]} for {base} and -{slopes[1]} for "
+        f"Over the budgets, the loss goes as compute to the power of {powers[0]} for {base} and {powers[1]} for "
         f"{ours}; the difference, {format_estimate(difference, signed)},"
     )
     return f"{text} cannot be told from 0." if difference.holds(0.0) else f"{text} is not 0."
@@ -202,7 +204,7 @@ def _describe_augmentation(analysis: Analysis) -> str:
         if parts:
             cost = ", at twice the FLOPs at test time," if each.averaged else ""
             gap = f"Of the gap between {analysis.baseline} and {analysis.equivariant}"
-            sentences.append(f"{gap}, {each}{cost} closes {join_words(parts)}.")
+            sentences.append(f"{gap}, {each.in_words}{cost} closes {join_words(parts)}.")
     return " ".join(sentences)
 
 
@@ -211,27 +213,26 @@ def _closed(gap: Gap, series: Series) -> str:
     if share is None:
         return ""
     amount = f"more than all (at least {percent(share.low)})" if share.low > 1 else format_estimate(share, percent)
+    amount += ", not told apart from all," if share.holds(1.0) else ""
     return f"{amount} at {format_number(gap.epochs)} epochs"
 
 
 def _describe_others(analysis: Analysis) -> str:
-    """Which of the other arms are better or worse than the baseline by the multiplier of compute."""
-    groups: dict[str, list[str]] = {}
+    """Which of the other series need less or more compute than the baseline."""
+    base = analysis.study.baseline
+    less, more, alike = [], [], []
     for series, multiplier in analysis.compute_multipliers.items():
-        if series == analysis.equivariant or multiplier.average is None:
+        average = multiplier.average
+        if series == analysis.equivariant or average is None:
             continue
-        groups.setdefault(_verdict(multiplier.average), []).append(str(series))
-    if not groups:
-        return ""
-    parts = [f"{verdict}: {'; '.join(groups[verdict])}" for verdict in _VERDICTS if verdict in groups]
-    return f"The others against {analysis.baseline}, by the compute for the same loss. {'. '.join(parts)}."
-
-
-_VERDICTS = ("Less", "Cannot be told apart", "More")
-
-
-def _verdict(average: Estimate) -> str:
-    return _VERDICTS[0] if average.low > 1 else _VERDICTS[2] if average.high < 1 else _VERDICTS[1]
+        (less if average.low > 1 else more if average.high < 1 else alike).append(series.in_words)
+    clauses = [
+        f"{amount} compute than {base} is needed by {join_words(names)}"
+        for amount, names in (("less", less), ("more", more))
+        if names
+    ]
+    clauses += [f"{join_words(alike)} cannot be told apart from {base}"] if alike else []
+    return f"Of the others, for the same loss: {'; '.join(clauses)}." if clauses else ""
 
 
 def _method(analysis: Analysis) -> str:

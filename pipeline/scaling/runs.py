@@ -36,6 +36,11 @@ class Series(NamedTuple):
     def __str__(self) -> str:
         return f"{self.arm}, {AVERAGED}" if self.averaged else self.arm
 
+    @property
+    def in_words(self) -> str:
+        """The name in a sentence, where a comma separates."""
+        return f"{self.arm} {AVERAGED}" if self.averaged else self.arm
+
 
 @dataclass(frozen=True)
 class Run:

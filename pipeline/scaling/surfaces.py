@@ -81,6 +81,13 @@ class ExponentComparison:
         """The exponents whose difference has an interval without 0."""
         return [name for name, difference in self.differences.items() if not difference.holds(0.0)]
 
+    @property
+    def are_separate(self) -> bool:
+        """Whether both say so: an interval of a or b without 0, and AICc."""
+        if self.aicc_shared is None or self.aicc_separate is None or not {"a", "b"} & {*self.told_apart}:
+            return False
+        return self.aicc_separate < self.aicc_shared
+
 
 def compare_exponents(
     cells: Sequence[Cell], base_cells: Sequence[Cell], law: Law, base_law: Law, confidence: float

@@ -48,7 +48,7 @@ def unidentified(analysis: Analysis) -> list[str]:
         for series, multiplier in found.items():
             if multiplier.average is None:
                 why = multiplier.reason or "undefined in more than a tenth of the resamples"
-                sentences.append(f"The {title} of {series} is not given: {why}.")
+                sentences.append(f"The {title} of {series.in_words} is not given: {why}.")
     if not analysis.data_cells:
         sentences.append("There is no data study: no finished run has fewer unique images than others.")
     return sentences
@@ -103,5 +103,5 @@ def _reasons(title: str, laws: Mapping[Series, Law]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for series, law in laws.items():
         if law.reason:
-            groups.setdefault(law.reason, []).append(str(series) if not series.averaged else f"{series.arm} averaged")
+            groups.setdefault(law.reason, []).append(series.in_words)
     return [f"{title} of {join_words(names)} is not printed: {reason}." for reason, names in groups.items()]

@@ -102,6 +102,7 @@ def test_exponents_of_one_law_are_not_told_apart_and_those_of_two_are(analyzed):
     other = analyzed(arms={"x": Arm(X), "e": Arm(X._replace(b=0.6, B=700.0))}, **noise)
     assert "b" in other.exponents.told_apart and other.exponents.aicc_separate < other.exponents.aicc_shared
     assert other.exponents.differences["b"].holds(0.15)
+    assert "the exponents of their surfaces differ" in describe(other)
 
 
 def test_the_share_of_the_gap_that_augmentation_closes(analyzed):
@@ -118,6 +119,13 @@ def test_the_share_of_the_gap_that_augmentation_closes(analyzed):
         assert BASE not in gap.closed and OURS not in gap.closed
     epochs = [gap.epochs for gap in found.data_gaps]
     assert epochs[0] == pytest.approx(2 * epochs[1]), "half of the images, twice the epochs"
+
+
+def test_arms_are_sorted_by_what_they_need_for_the_same_loss(analyzed):
+    arms = {"x": Arm(X, averaged=0.9), "e": Arm(X), "h": Arm(cheaper(X, 2)), "w": Arm(cheaper(X, 0.5)), "n": Arm(X)}
+    text = describe(analyzed(arms=arms, seed_noise=0.01))
+    less, more = "less compute than x is needed by h and x averaged", "more compute than x is needed by w"
+    assert f"Of the others, for the same loss: {less}; {more}; n cannot be told apart from x." in text
 
 
 def test_no_gap_has_no_share(analyzed):
