@@ -89,7 +89,9 @@ class Row:
     minus_x_pct: float | None
     minus_x_low_pct: float | None
     minus_x_high_pct: float | None
-    verdict: str | None
+    minus_e_pct: float | None
+    minus_e_low_pct: float | None
+    minus_e_high_pct: float | None
 
 
 class ArrayImages:
@@ -196,16 +198,27 @@ def render_table(rows: Sequence[Row]) -> str:
     """Returns one Markdown table for each data set."""
     lines = []
     for data in DATA_SETS:
-        lines += [f"**{data}**", "", "| network | parameters | MFLOPs | top-1 % | minus X |", "|---|--:|--:|--:|--:|"]
+        lines += [f"**{data}**", "", "| network | parameters | MFLOPs | top-1 % | minus X's | minus E's |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
         for row in (row for row in rows if row.data == data):
-            network = row.family if row.variant == "X" else f"{row.variant}({row.family})"
-            top1 = f"{row.top1_pct:.1f} ({row.top1_low_pct:.1f} to {row.top1_high_pct:.1f})"
-            minus = "" if row.minus_x_pct is None else (
-                f"{row.minus_x_pct:+.1f} ({row.minus_x_low_pct:+.1f} to {row.minus_x_high_pct:+.1f}), {row.verdict}"
-            )  # fmt: skip
-            lines.append(f"| {network} | {row.parameters / 1e3:.0f} k | {row.mflops:.2f} | {top1} | {minus} |")
+            cells = (
+                row.family if row.variant == "X" else f"{row.variant}({row.family})",
+                f"{row.parameters / 1e3:.0f} k",
+                f"{row.mflops:.2f}",
+                f"{row.top1_pct:.1f} ({row.top1_low_pct:.1f} to {row.top1_high_pct:.1f})",
+                _format_difference(row.minus_x_pct, row.minus_x_low_pct, row.minus_x_high_pct),
+                _format_difference(row.minus_e_pct, row.minus_e_low_pct, row.minus_e_high_pct),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _format_difference(points: float | None, low: float | None, high: float | None) -> str:
+    """Formats a difference with its interval and the verdict that this allows."""
+    if points is None or low is None or high is None:
+        return ""
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f}), {statistics.judge(statistics.Interval(low, high))}"
 
 
 def _load_splits(data: str, pictures: Path, fashion_mnist: Path, settings: Settings) -> dict[str, ArrayImages]:
@@ -247,7 +260,7 @@ def _summarize(
             100 * float(hits_SN.mean()),
             *statistics.bootstrap_interval(hits_SN).scaled(100),
             *difference_pct(hits_SN, baseline),
-            verdict=None if baseline is None else statistics.judge(statistics.paired_difference(hits_SN, baseline)),
+            *difference_pct(hits_SN, None if variant in ("X", "E") else hits["E"]),
         )
 
 
