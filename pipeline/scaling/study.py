@@ -33,7 +33,7 @@ OUTPUT_DIR = Path("scaling")
 CONFIDENCE = 0.9
 """Of every interval of the study."""
 
-_CHECKPOINTS = 4  # of a training before its end, unless train.checkpoint_steps sets their distance
+_CHECKPOINTS = 4  # of a training, unless train.checkpoint_steps sets their distance
 
 _IMAGE_FLOPS = 4e6  # of a forward pass that takes as long as reading and augmenting an image, to estimate what is left
 
