@@ -95,6 +95,10 @@ def checkout(folder: Path, **settings) -> Path:
     return folder
 
 
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+
+
 def spans(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Beginning and end of the MLflow runs in a folder, all of which finished."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place / 'mlflow.db'}")
@@ -134,6 +138,8 @@ def test_a_submitted_job_leaves_its_results_in_its_folder(two_nodes, tmp_path, m
         assert metrics["val/top1_pct"] > 10
         assert (place / "outputs" / name / "weights.safetensors").exists()
     assert not (home / "outputs").exists()
+    for folder in ("flopeq", "pipeline", "presets", "stages"):
+        assert files_below(place / folder) == files_below(home / folder)
     first, second = spans(place, monkeypatch)
     assert second[0] < first[1]  # side by side: there is a core for each
 
