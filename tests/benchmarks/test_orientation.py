@@ -55,10 +55,10 @@ def test_a_small_run_makes_its_table_and_a_second_one_trains_nothing(
     data = layouts.idx_files(pixels, {s: np.arange(40, dtype=np.uint8) % 10 for s in pixels}, tmp_path / "data", ".gz")
     words = f"--pictures {pictures} --fashion-mnist {data} --out {tmp_path / 'out'} --settings".split()
     monkeypatch.setattr(sys, "argv", ["orientation", *words, SETTINGS])
-    monkeypatch.setattr(orientation, "VARIANTS", ("X", "D4"))
+    monkeypatch.setattr(orientation, "VARIANTS", ("X", "E", "D4"))
     with caplog.at_level("INFO"):
         orientation.main()
-    assert "4/4: D4 of convnext, Fashion-MNIST, seed 0" in caplog.text
+    assert "6/6: D4 of convnext, Fashion-MNIST, seed 0" in caplog.text
     table = (tmp_path / "out" / "table.md").read_text()
     assert table.count("| D4(convnext) | 9 k |") == 2 and table.count("| convnext | 6") == 2
     caplog.clear()
