@@ -160,8 +160,8 @@ def test_the_equivariance_error_covers_the_symmetries_of_the_networks_group(monk
     model = randomize_parameters(build("octic_deit3_small_patch16_224", num_classes=7, **args)).eval()
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     batches = [batching.Batch(images, torch.arange(3), torch.arange(3))]
-    assert evaluate._predict(model, None, batches).max_rel_error < 1e-4
+    assert evaluate._predict(model, None, batches, None).max_rel_error < 1e-4
     wrong = randomize_parameters(build("flop_deit3_small_patch16_224", num_classes=7, **args)).eval()
-    assert evaluate._predict(wrong, None, batches).max_rel_error < 1e-4
+    assert evaluate._predict(wrong, None, batches, None).max_rel_error < 1e-4
     monkeypatch.setattr(evaluate, "logit_group", lambda model: D4)
-    assert evaluate._predict(wrong, None, batches).max_rel_error > 1e-2
+    assert evaluate._predict(wrong, None, batches, None).max_rel_error > 1e-2

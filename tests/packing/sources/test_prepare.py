@@ -51,7 +51,7 @@ def test_the_prepare_stage_logs_the_detected_layout(root, images, tmp_path):
     layouts.archives(images, tmp_path / "imagenet")
     ended = prepared(root, tmp_path, "imagenet")
     assert ended.returncode == 0
-    assert ended.stderr == "imagenet: the official archives, 3 files, 0.1 MB\n" and not ended.stdout
+    assert ended.stderr.endswith(" imagenet: the official archives, 3 files, 0.1 MB\n") and not ended.stdout
     assert json.loads((tmp_path / "data" / "source.json").read_text())["layout"] == "the official archives"
 
 
