@@ -16,12 +16,10 @@ import argparse
 import datetime
 import json
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -35,10 +33,8 @@ from benchmarks import turned_crops
 from benchmarks.fashion_mnist import load_pixels
 from benchmarks.robustness import difference_pct, predict
 from benchmarks.saved_predictions import SavedPredictions
-from benchmarks.symmetrization import FASHION_MNIST, write_csv
+from benchmarks.symmetrization import FASHION_MNIST, describe_measurement, write_csv
 from flopeq.backends.malloc import keep_freed_memory
-from flopeq.hardware import hardware_name
-from flopeq.measure.comparison import flopeq_version
 from flopeq.measure.flops import complexity
 from flopeq.models.build import build
 from flopeq.registry import PREFIXES
@@ -133,14 +129,7 @@ def main() -> None:
     except ValueError as error:  # no pictures, results of other settings
         sys.exit(f"error: {error}")
     write_csv(args.out / "rows.csv", rows)
-    description = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "machine": hardware_name("cpu"),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy")} | {"flopeq": flopeq_version()},
-        "command": shlex.join(["python", "-m", "benchmarks.orientation", *sys.argv[1:]]),
-        "settings": settings._asdict(),
-    }
+    description = describe_measurement("benchmarks.orientation") | {"settings": settings._asdict()}
     (args.out / "run.json").write_text(json.dumps(description, indent=2) + "\n")
     (args.out / "table.md").write_text(render_table(rows), encoding="utf-8")
     log.info("the table is in %s", args.out / "table.md")

@@ -78,16 +78,21 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
         table.writerows(asdict(row) for row in rows)
 
 
-def describe_run(path: Path, parts: Sequence[str], settings: dict[str, Any]) -> None:
-    """Writes when, where and with which versions and command each part was measured."""
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    entry = {
+def describe_measurement(module: str) -> dict[str, Any]:
+    """Returns when and where this process measures, and with which versions and command."""
+    return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "machine": hardware_name("cpu"),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")} | {"flopeq": flopeq_version()},
-        "command": shlex.join(["python", "-m", "benchmarks.symmetrization", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
+
+
+def describe_run(path: Path, parts: Sequence[str], settings: dict[str, Any]) -> None:
+    """Writes when, where and with which versions and command each part was measured."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    entry = describe_measurement("benchmarks.symmetrization")
     for part in parts:
         known[part] = entry | ({"settings": settings[part]._asdict()} if part in settings else {})
     path.write_text(json.dumps(known, indent=2) + "\n")

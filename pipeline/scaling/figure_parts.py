@@ -64,6 +64,11 @@ def draw_band(axes: Axes, x: Sequence[float], estimates: Sequence[Row], color: s
             axes.plot([place, place], [at_low, at_high], color=color, alpha=0.35, linewidth=1, linestyle=":")
 
 
+def draw_series_band(axes: Axes, x: Sequence[float], estimates: Sequence[Row], row: Row, color: str) -> None:
+    """Draws the intervals of the series that `row` is of, lighter where predictions are averaged."""
+    draw_band(axes, x, estimates, color, alpha=0.07 if row["averaged"] else 0.14)
+
+
 def cost_axis(axes: Axes, costs: Iterable[float], label: str, unit: str = "FLOPs") -> None:
     """Makes a logarithmic x axis with ticks at the costs that were tried."""
     _widen(axes, "x")

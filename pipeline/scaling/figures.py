@@ -27,6 +27,7 @@ from pipeline.scaling.figure_parts import (
     count_left_out,
     dashes_of,
     draw_band,
+    draw_series_band,
     flops_axis,
     group_by_series,
     log_axis,
@@ -262,7 +263,7 @@ def _draw_images(fits: Fits) -> Figure:
         first, x = rows[0], [row["unique_images"] for row in rows]
         color = color_of(fits, first["arm"])
         if all(row["low"] is not None for row in rows):
-            draw_band(axes, x, rows, color, alpha=0.07 if first["averaged"] else 0.14)
+            draw_series_band(axes, x, rows, first, color)
         axes.plot(x, [row["loss"] for row in rows], color=color, linestyle=dashes_of(first), linewidth=1.5)
         for row in rows if not first["averaged"] else ():
             _draw_cell(axes, fits, row, row["unique_images"])
@@ -315,8 +316,7 @@ def _draw_multipliers(fits: Fits, rows: list[dict[str, Any]]) -> Figure:
     limits = axes.get_ylim()
     for found in group_by_series(rows).values():
         known = [row for row in found if row["value"] is not None]
-        alpha = 0.07 if found[0]["averaged"] else 0.14
-        draw_band(axes, [row["budget"] for row in known], known, color_of(fits, found[0]["arm"]), alpha)
+        draw_series_band(axes, [row["budget"] for row in known], known, found[0], color_of(fits, found[0]["arm"]))
     closed = [bound for row in rows for bound in bounds(row) if np.isfinite(bound) and bound > 0]
     axes.set_ylim(min([limits[0], *closed]) / 1.05, max([limits[1], *closed]) * 1.05)
     log_axis(axes, "y", f"compute of {fits['study']['baseline']} / compute of the arm")

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.scaling.fits import Analysis
 from pipeline.scaling.formats import format_flops, format_number
-from pipeline.scaling.intervals import Estimate, percentile_estimate
+from pipeline.scaling.intervals import Estimate, estimate_from
 from pipeline.scaling.runs import STATES, Series
 
 MISSING = "–"
@@ -45,7 +45,7 @@ def make_table(analysis: Analysis) -> dict[str, Any]:
 def _row(analysis: Analysis, series: Series) -> list[dict[str, Any]]:
     study, confidence = analysis.study, analysis.study.confidence
     profile = analysis.profiles[series][-1]
-    loss = percentile_estimate(profile.log_loss[0], profile.log_loss[1:], confidence)
+    loss = estimate_from(profile.log_loss, confidence)
     flops = float(np.exp(profile.log_f_opt[0]))
     is_exact = profile.is_bracketed or len(profile.log_f) == 1
     sign = "" if is_exact else "≤ " if profile.log_f_opt[0] <= profile.log_f[0] else "≥ "

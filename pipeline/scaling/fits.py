@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.scaling import multipliers
 from pipeline.scaling.gaps import Gap, gaps_over_budgets, gaps_over_images
-from pipeline.scaling.intervals import Estimate, percentile_estimate
+from pipeline.scaling.intervals import Estimate, estimate_from
 from pipeline.scaling.isoflop import Profile, fit_profiles
 from pipeline.scaling.resampling import Cell, draw_cells, make_cells
 from pipeline.scaling.runs import STATES, Series, Study
@@ -146,7 +146,7 @@ def _difference(
     if not all(series in laws and laws[series].is_identified for series in (base, ours)):
         return None
     draws = laws[ours].draws[name] - laws[base].draws[name]
-    return percentile_estimate(float(draws[0]), draws[1:], confidence)
+    return estimate_from(draws, confidence)
 
 
 def compute_multiplier(
@@ -219,7 +219,7 @@ def _ratio(draws: Array, spread: float, confidence: float) -> Estimate | None:
     An infinite draw is a ratio that is not reached: it is greater than that of the costs that were tried, whose
     logarithm is `spread`. One of minus infinity is less than its inverse.
     """
-    estimate = percentile_estimate(float(draws[0]), draws[1:], confidence)
+    estimate = estimate_from(draws, confidence)
     if estimate is None:
         return None
     low = spread if estimate.low == np.inf else estimate.low

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.scaling.fits import Analysis, Multiplier, count_runs
 from pipeline.scaling.gaps import Gap
-from pipeline.scaling.intervals import Estimate, percentile_estimate
+from pipeline.scaling.intervals import Estimate, estimate_from, percentile_estimate
 from pipeline.scaling.isoflop import Profile
 from pipeline.scaling.resampling import Cell
 from pipeline.scaling.runs import Series
@@ -84,7 +84,7 @@ def _cell(cell: Cell, confidence: float) -> dict[str, Any]:
 
 def _profile(profile: Profile, confidence: float) -> dict[str, Any]:
     """The optimal size is None where it is not bracketed; a bound of it is None at the end of the sizes tried."""
-    loss = percentile_estimate(profile.log_loss[0], profile.log_loss[1:], confidence)
+    loss = estimate_from(profile.log_loss, confidence)
     optimum = None
     if profile.is_bracketed:
         ends = profile.log_f[[0, -1]]

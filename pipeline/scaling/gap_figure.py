@@ -8,7 +8,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from pipeline.base.plotting import mark_gid
-from pipeline.scaling.figure_parts import Fits, add_legend, color_of, dashes_of, draw_band, log_axis, note_left_out
+from pipeline.scaling.figure_parts import (
+    Fits,
+    add_legend,
+    color_of,
+    dashes_of,
+    draw_band,
+    draw_series_band,
+    log_axis,
+    note_left_out,
+)
 
 _TITLES = {"data_gaps": "fewer unique images", "budget_gaps": "larger budgets"}
 
@@ -77,7 +86,7 @@ def _draw_shares(axes: Any, fits: Fits, kind: str) -> None:
         gaps = sorted((g for g in fits[kind] if g["closed"].get(row["series"])), key=lambda gap: gap["epochs"])
         shares = [gap["closed"][row["series"]] for gap in gaps]
         x, color = [gap["epochs"] for gap in gaps], color_of(fits, row["arm"])
-        draw_band(axes, x, shares, color, alpha=0.07 if row["averaged"] else 0.14)
+        draw_series_band(axes, x, shares, row, color)
         axes.plot(
             x,
             [share["value"] for share in shares],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.scaling.intervals import Estimate, percentile_estimate
+from pipeline.scaling.intervals import Estimate, estimate_from
 from pipeline.scaling.isoflop import Profile
 from pipeline.scaling.resampling import Cell
 from pipeline.scaling.runs import Series
@@ -84,12 +84,12 @@ def _compare(
     losses: Mapping[Series, Array], baseline: Series, equivariant: Series, confidence: float
 ) -> tuple[Estimate | None, dict[Series, Estimate | None]]:
     gap = losses[baseline] - losses[equivariant]
-    estimate = percentile_estimate(float(gap[0]), gap[1:], confidence)
+    estimate = estimate_from(gap, confidence)
     others = [series for series in losses if series not in (baseline, equivariant)]
     if estimate is None or estimate.low <= 0:
         return estimate, dict.fromkeys(others)
     closed = {}
     for series in others:
         share = (losses[baseline] - losses[series]) / np.where(gap > 0, gap, np.nan)
-        closed[series] = percentile_estimate(float(share[0]), share[1:], confidence)
+        closed[series] = estimate_from(share, confidence)
     return estimate, closed

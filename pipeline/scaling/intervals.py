@@ -48,6 +48,11 @@ def percentile_estimate(value: float, draws: NDArray[np.float64], confidence: fl
     return Estimate(float(value), float(low), float(high))
 
 
+def estimate_from(values: NDArray[np.float64], confidence: float) -> Estimate | None:
+    """Returns the percentile interval over values of which the first is the point estimate and the others are draws."""
+    return percentile_estimate(values[0], values[1:], confidence)
+
+
 def format_estimate(estimate: Estimate | None, formatter: Callable[[float], str], missing: str = "–") -> str:
     """Formats an estimate with its interval, whose open sides are named."""
     if estimate is None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.scaling import powerlaw
-from pipeline.scaling.intervals import Estimate, percentile_estimate
+from pipeline.scaling.intervals import Estimate, estimate_from
 from pipeline.scaling.isoflop import Profile
 from pipeline.scaling.resampling import Cell, common_images
 
@@ -100,7 +100,7 @@ def compare_exponents(
     differences = {}
     for name in ("a", "b", "frontier", "size"):
         draws = law.draws[name] - base_law.draws[name]
-        if estimate := percentile_estimate(draws[0], draws[1:], confidence):
+        if estimate := estimate_from(draws, confidence):
             differences[name] = estimate
     both = _Points.of([*base_cells, *cells], [base_cells[0].series.arm, cells[0].series.arm])
     halves = [_Points.of(half, [half[0].series.arm]) for half in (base_cells, cells)]
@@ -152,7 +152,7 @@ def _slopes(x: Sequence[float], y: Array) -> Array:
 def _guarded(draws: Mapping[str, Array], exponents: Sequence[str], confidence: float) -> Law:
     estimates = {}
     for name, values in draws.items():
-        if estimate := percentile_estimate(float(values[0]), values[1:], confidence):
+        if estimate := estimate_from(values, confidence):
             estimates[name] = estimate
     for name in exponents:
         if name not in estimates:
