@@ -22,7 +22,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.files import write_json
 from pipeline.base.schema import Recipe
 from pipeline.evaluation import predictions, statistics, validation_sets, weights
-from pipeline.evaluation.networks import load_trained_network
+from pipeline.evaluation.networks import load_trained_network, select_device
 from pipeline.loading import batching, datasets
 from pipeline.shards import manifests
 from pipeline.training import device_settings, loop
@@ -136,7 +136,7 @@ def evaluate_model(
     `val/ema_...` is the accuracy of `ema`. `val/real_top1_pct` is the accuracy of `model` on ImageNet's reassessed
     labels, `<name>/...` its accuracy on a further set (pipeline/evaluation/validation_sets.py).
     """
-    device, amp = _select_device(experiment), experiment.train.amp if recipe_.mixed_precision else None
+    device, amp = select_device(experiment), experiment.train.amp if recipe_.mixed_precision else None
     images = datasets.IndexedImages(shards, "val")
     further_sets = {
         name: validation_sets.load_further_set(name, folder, shards.classes)
@@ -261,11 +261,6 @@ def _percent(hits: Tensor) -> float:
 
 def _open_shards(experiment: Experiment) -> manifests.Shards:
     return manifests.Shards(experiment.data.shards, cache_gib=experiment.data.cache_gib)
-
-
-def _select_device(experiment: Experiment) -> torch.device:
-    gpu = experiment.train.gpu is not False and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
 
 
 def _recipe_for_model(experiment: Experiment, model_name: str) -> Recipe:

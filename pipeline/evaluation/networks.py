@@ -50,3 +50,9 @@ def load_trained_network(
     model = build(run.model, num_classes=num_classes, **run.args)
     model.load_state_dict(load_file(path))
     return model
+
+
+def select_device(experiment: Experiment) -> torch.device:
+    """Returns this process's GPU, unless the experiment trains without or there is none; then, the CPU."""
+    gpu = experiment.train.gpu is not False and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")

@@ -15,7 +15,7 @@ from flopeq.backends.malloc import keep_freed_memory
 from flopeq.hardware import can_compile, device_name
 from flopeq.measure.throughput import ProgressCallback, Protocol, Throughput, measure_throughput_if_fits
 from pipeline.base.config import Experiment
-from pipeline.evaluation.networks import build_network
+from pipeline.evaluation.networks import build_network, select_device
 
 _COLUMNS = ("device", "dtype", "batch_size", "img_per_s", "img_per_s_quartiles", "peak_mem_mb", "compiled")
 
@@ -33,10 +33,9 @@ def measure_networks(
         comparisons: names of the runs that are compared with each other.
     """
     settings, side = experiment.throughput, experiment.data.image_size
-    on_gpu = experiment.train.gpu is not False and torch.cuda.is_available()
-    if not on_gpu:
+    device = select_device(experiment)
+    if device.type == "cpu":
         keep_freed_memory()
-    device = torch.device("cuda" if on_gpu else "cpu")
     protocol = Protocol(
         settings.batch_size, settings.warmup, settings.runs, getattr(torch, settings.dtype), settings.compile
     )
